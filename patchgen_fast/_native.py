@@ -1,0 +1,131 @@
+"""Loads the native operators, and says why not.
+
+`_kernels.so` (the operators, torch's stable ABI) and `_native_info` (a pybind11 module that touches
+no tensor) are built by setup.py, which leaves `build_record.json` beside them. Nothing here raises
+because a part is missing: the reference serves, and `status()` names the reason and the remedy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parent
+LIBRARY = PACKAGE / "_kernels.so"
+BUILD_RECORD = PACKAGE / "build_record.json"
+BUILD_FROM_SOURCE = (
+    "build it with: python setup.py build_ext --inplace (in the source tree), "
+    "or reinstall with: pip install --no-build-isolation --no-deps --force-reinstall ."
+)
+
+_lock = threading.Lock()
+_status: Status | None = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether the native operators are loaded; if not, why, and what to do."""
+
+    loaded: bool
+    reason: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return "loaded" if self.loaded else f"not loaded: {self.reason}. Remedy: {self.remedy}"
+
+
+@functools.cache
+def build_record() -> dict[str, Any]:
+    """What setup.py built here: a dict as in its `_write_record`; empty if nothing ever was."""
+    try:
+        record = json.loads(BUILD_RECORD.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def build_failure(part: str) -> Status:
+    """Why `part` ("operators", "cuda", "info") was not built, by the build record."""
+    record = build_record()
+    failures = record.get("failures", {})
+    found = failures.get(part) or failures.get("operators")
+    if found:
+        return Status(False, found["reason"], found["remedy"])
+    if not record:
+        return Status(False, "the native part has not been built", BUILD_FROM_SOURCE)
+    return Status(False, f"{part} was not part of this build", BUILD_FROM_SOURCE)
+
+
+def load() -> Status:
+    """Registers the native operators with torch, once; says whether they are there.
+
+    Raises ValueError if PATCHGEN_FAST_CPU_ISA names an instruction set that this CPU or this build
+    lacks: an explicit request does not fall back silently.
+    """
+    global _status
+    if _status is None:
+        with _lock:
+            if _status is None:
+                _check_isa_override()
+                _status = _load()
+    return _status
+
+
+def status() -> Status:
+    """As `load`, for reports: a wrong PATCHGEN_FAST_CPU_ISA is a reason, not an exception."""
+    try:
+        return load()
+    except ValueError as error:
+        return Status(False, str(error), "unset PATCHGEN_FAST_CPU_ISA or set one of those named")
+
+
+def _load() -> Status:
+    if not LIBRARY.exists():
+        return build_failure("operators")
+    import torch
+
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except (OSError, RuntimeError) as error:
+        reason = f"{LIBRARY.name} cannot be loaded into torch {torch.__version__}: {error}"
+        version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+        if version < (2, 10):
+            return Status(False, reason, "upgrade torch to 2.10 or later")
+        return Status(False, reason, BUILD_FROM_SOURCE)
+    return Status(True)
+
+
+def _check_isa_override() -> None:
+    module = info_module()
+    if module is not None:
+        module.chosen_isa()
+
+
+@functools.cache
+def info_module() -> ModuleType | None:
+    """The pybind11 module with the facts of build and CPU; None if it was not built."""
+    try:
+        return importlib.import_module("patchgen_fast._native_info")
+    except ImportError:
+        return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded operators for ctypes, e.g. to read call counters. RuntimeError if not loaded."""
+    state = load()
+    if not state.loaded:
+        raise RuntimeError(f"the native operators are {state}")
+    return ctypes.CDLL(str(LIBRARY))
+
+
+def has_cuda() -> bool:
+    """Whether CUDA kernels are compiled into the library (not: whether there is a GPU)."""
+    return bool(build_record().get("cuda")) and LIBRARY.exists()
