@@ -1,0 +1,94 @@
+// How kernels are spread over threads, without naming a threading library.
+//
+// The boundary passes torch's parallel_for, which obeys torch.set_num_threads; a test passes a plain
+// loop. Tasks are claimed one by one from a shared counter, so that a slow core or an uneven task
+// leaves nobody waiting; results never depend on who ran a task, as each task owns its outputs.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace patchgen_fast {
+
+using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeFunction, void* context);
+
+struct Parallel {
+  ParallelFor run;
+  int64_t threads;
+};
+
+// Runs everything on the calling thread.
+inline void serial_for(int64_t begin, int64_t end, int64_t, RangeFunction body, void* context) {
+  body(begin, end, context);
+}
+
+// Memory of the calling thread that kernels work in, kept between calls (a fresh large block costs
+// a page fault every 4 KiB) unless it is larger than `kKept`. Aligned to 64 bytes, uninitialised.
+class Scratch {
+ public:
+  static constexpr size_t kKept = size_t{8} << 20;
+
+  static void* get(size_t bytes) {
+    thread_local Scratch mine;
+    return mine.grow(bytes);
+  }
+
+  ~Scratch() { std::free(data_); }
+
+ private:
+  void* grow(size_t bytes) {
+    const bool oversized = size_ > kKept && bytes <= kKept;
+    if (bytes > size_ || oversized) {
+      std::free(data_);
+      size_ = 0;
+      const size_t rounded = (bytes + 63) / 64 * 64;
+      data_ = std::aligned_alloc(64, rounded);
+      if (data_ == nullptr) {
+        throw std::bad_alloc();
+      }
+      size_ = rounded;
+    }
+    return data_;
+  }
+
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Calls body(task, scratch) for every task in [0, tasks), each once, on up to parallel.threads
+// threads; `scratch` is the running thread's own, of at least scratch_bytes.
+template <class Body>
+void for_each_task(const Parallel& parallel, int64_t tasks, size_t scratch_bytes, const Body& body) {
+  struct Shared {
+    std::atomic<int64_t> next{0};
+    int64_t tasks;
+    size_t scratch_bytes;
+    const Body* body;
+  } shared;
+  shared.tasks = tasks;
+  shared.scratch_bytes = scratch_bytes;
+  shared.body = &body;
+  const auto worker = [](int64_t, int64_t, void* context) {
+    auto* s = static_cast<Shared*>(context);
+    int64_t task = s->next.fetch_add(1, std::memory_order_relaxed);
+    if (task >= s->tasks) {
+      return;
+    }
+    void* scratch = Scratch::get(s->scratch_bytes);
+    for (; task < s->tasks; task = s->next.fetch_add(1, std::memory_order_relaxed)) {
+      (*s->body)(task, scratch);
+    }
+  };
+  const int64_t workers = tasks < parallel.threads ? tasks : parallel.threads;
+  if (workers <= 1) {
+    worker(0, 1, &shared);
+  } else {
+    parallel.run(0, workers, 1, worker, &shared);
+  }
+}
+
+}  // namespace patchgen_fast
