@@ -43,7 +43,9 @@ struct CounterList {
   static const CallCounter* first() { return head().load(std::memory_order_acquire); }
 };
 
-CallCounter::CallCounter(const char* name) : name_(name) { CounterList::push(this); }
+CallCounter::CallCounter(const char* name) : name_(name) {
+  CounterList::push(this);
+}
 
 }  // namespace patchgen_fast
 

@@ -6,21 +6,25 @@
 namespace patchgen_fast {
 namespace {
 
-bool always() { return true; }
+bool always() {
+  return true;
+}
 
 #if defined(__x86_64__)
 // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
 
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+[[maybe_unused]] bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
 #endif
 
 std::string choices() {
@@ -42,9 +46,13 @@ std::string choices() {
 
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = {
-#if defined(__x86_64__)
+#if defined(PATCHGEN_FAST_HAVE_AVX512_BF16)
       {Isa::avx512_bf16, "avx512_bf16", has_avx512_bf16},
+#endif
+#if defined(PATCHGEN_FAST_HAVE_AVX512)
       {Isa::avx512, "avx512", has_avx512},
+#endif
+#if defined(PATCHGEN_FAST_HAVE_AVX2)
       {Isa::avx2, "avx2", has_avx2},
 #endif
       {Isa::baseline, "baseline", always},

@@ -2,7 +2,8 @@
 //
 // The choice is made once, at the first question: the best set that this CPU and operating system
 // support, or the one named by PATCHGEN_FAST_CPU_ISA. Free of torch and of the kernels, so that the
-// native face of the package can answer the same questions.
+// native face of the package can answer the same questions. The build defines
+// PATCHGEN_FAST_HAVE_<ISA> for each set that its compiler knows.
 #pragma once
 
 #include <string>

@@ -5,21 +5,23 @@
 namespace patchgen_fast {
 
 extern const KernelTable kernels_baseline;
-#if defined(__x86_64__)
 extern const KernelTable kernels_avx2;
 extern const KernelTable kernels_avx512;
 extern const KernelTable kernels_avx512_bf16;
-#endif
 
 namespace {
 
 const KernelTable& table_of(Isa isa) {
   switch (isa) {
-#if defined(__x86_64__)
+#if defined(PATCHGEN_FAST_HAVE_AVX512_BF16)
     case Isa::avx512_bf16:
       return kernels_avx512_bf16;
+#endif
+#if defined(PATCHGEN_FAST_HAVE_AVX512)
     case Isa::avx512:
       return kernels_avx512;
+#endif
+#if defined(PATCHGEN_FAST_HAVE_AVX2)
     case Isa::avx2:
       return kernels_avx2;
 #endif

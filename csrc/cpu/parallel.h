@@ -1,8 +1,9 @@
 // How kernels are spread over threads, without naming a threading library.
 //
-// The boundary passes torch's parallel_for, which obeys torch.set_num_threads; a test passes a plain
-// loop. Tasks are claimed one by one from a shared counter, so that a slow core or an uneven task
-// leaves nobody waiting; results never depend on who ran a task, as each task owns its outputs.
+// The boundary passes torch's parallel_for, which obeys torch.set_num_threads; a test passes a
+// plain loop. Tasks are claimed one by one from a shared counter, so that a slow core or an uneven
+// task leaves nobody waiting; results never depend on who ran a task, as each task owns its
+// outputs.
 #pragma once
 
 #include <atomic>
@@ -14,7 +15,8 @@
 namespace patchgen_fast {
 
 using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
-using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeFunction, void* context);
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeFunction,
+                             void* context);
 
 struct Parallel {
   ParallelFor run;
@@ -62,7 +64,8 @@ class Scratch {
 // Calls body(task, scratch) for every task in [0, tasks), each once, on up to parallel.threads
 // threads; `scratch` is the running thread's own, of at least scratch_bytes.
 template <class Body>
-void for_each_task(const Parallel& parallel, int64_t tasks, size_t scratch_bytes, const Body& body) {
+void for_each_task(const Parallel& parallel, int64_t tasks, size_t scratch_bytes,
+                   const Body& body) {
   struct Shared {
     std::atomic<int64_t> next{0};
     int64_t tasks;

@@ -1,10 +1,10 @@
 // One small vector of floats, on the vector extensions of GCC and clang.
 //
-// Compiled once per instruction set, with that set's flags, into the anonymous namespace of its file
-// (kernels_isa.h says why). kLanes is 16, 8 or 4; everything is written with operators on `Vec`, so
-// the baseline needs no vendor's header and runs on aarch64 and others; intrinsics stand where the
-// extension cannot say it: masked memory, dot products of bf16 pairs, scaling by a power of two,
-// maxima in one instruction, rounding to 16 bits.
+// Compiled once per instruction set, with that set's flags, into the anonymous namespace of its
+// file (kernels_isa.h says why). kLanes is 16, 8 or 4; everything is written with operators on
+// `Vec`, so the baseline needs no vendor's header and runs on aarch64 and others; intrinsics stand
+// where the extension cannot say it: masked memory, dot products of bf16 pairs, scaling by a power
+// of two, maxima in one instruction, rounding to 16 bits.
 //
 //   Vec, VecInt, Half        kLanes floats, 32-bit integers, 16-bit integers
 //   broadcast load store     and load_partial, store_partial: the first `count` lanes, 0 elsewhere
@@ -63,9 +63,13 @@ using Byte = uint8_t __attribute__((vector_size(kLanes)));
 
 // -- registers ------------------------------------------------------------------------------------
 
-PATCHGEN_FAST_INLINE Vec broadcast(float x) { return x - Vec{}; }
+PATCHGEN_FAST_INLINE Vec broadcast(float x) {
+  return x - Vec{};
+}
 
-PATCHGEN_FAST_INLINE VecInt broadcast_int(int32_t x) { return x - VecInt{}; }
+PATCHGEN_FAST_INLINE VecInt broadcast_int(int32_t x) {
+  return x - VecInt{};
+}
 
 template <class To, class From>
 PATCHGEN_FAST_INLINE To bit_cast(From from) {
@@ -76,9 +80,13 @@ PATCHGEN_FAST_INLINE To bit_cast(From from) {
 }
 
 // a * b + c, contracted by the compiler where the machine has the instruction.
-PATCHGEN_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+PATCHGEN_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return a * b + c;
+}
 
-PATCHGEN_FAST_INLINE Vec select(VecInt mask, Vec yes, Vec no) { return mask ? yes : no; }
+PATCHGEN_FAST_INLINE Vec select(VecInt mask, Vec yes, Vec no) {
+  return mask ? yes : no;
+}
 
 // Where either is NaN, the result is `b`.
 PATCHGEN_FAST_INLINE Vec max(Vec a, Vec b) {
@@ -107,7 +115,9 @@ PATCHGEN_FAST_INLINE VecInt iota(std::integer_sequence<int, I...>) {
   return VecInt{I...};
 }
 
-PATCHGEN_FAST_INLINE VecInt iota() { return iota(std::make_integer_sequence<int, kLanes>{}); }
+PATCHGEN_FAST_INLINE VecInt iota() {
+  return iota(std::make_integer_sequence<int, kLanes>{});
+}
 
 // -- permutations ---------------------------------------------------------------------------------
 
@@ -163,5 +173,5 @@ PATCHGEN_FAST_INLINE void transpose(Vec (&rows)[kLanes]) {
 }  // namespace patchgen_fast
 
 #include "simd_convert.h"
-#include "simd_memory.h"
 #include "simd_math.h"
+#include "simd_memory.h"

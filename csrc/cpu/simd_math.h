@@ -1,4 +1,5 @@
-// Arithmetic beyond the operators: powers of two, and dot products of bf16 pairs. Included by simd.h.
+// Arithmetic beyond the operators: powers of two, and dot products of bf16 pairs. Included by
+// simd.h.
 #pragma once
 
 #include "simd_memory.h"
@@ -46,7 +47,9 @@ PATCHGEN_FAST_INLINE Vec exp2_approx(Vec x) {
 // Two bf16 numbers in each 32-bit lane, the first in the low half.
 using Pairs = VecUint;
 
-PATCHGEN_FAST_INLINE Pairs load_pairs(const void* from) { return load_bits<Pairs>(from); }
+PATCHGEN_FAST_INLINE Pairs load_pairs(const void* from) {
+  return load_bits<Pairs>(from);
+}
 
 // acc + a.first * b.first + a.second * b.second
 PATCHGEN_FAST_INLINE Vec dot_pairs(Vec acc, Pairs a, Pairs b) {

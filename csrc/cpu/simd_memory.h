@@ -62,8 +62,12 @@ PATCHGEN_FAST_INLINE void store_half_partial(void* to, Half bits, int64_t count)
 
 // -- float ----------------------------------------------------------------------------------------
 
-PATCHGEN_FAST_INLINE Vec load(const float* from) { return load_bits<Vec>(from); }
-PATCHGEN_FAST_INLINE void store(float* to, Vec v) { store_bits(to, v); }
+PATCHGEN_FAST_INLINE Vec load(const float* from) {
+  return load_bits<Vec>(from);
+}
+PATCHGEN_FAST_INLINE void store(float* to, Vec v) {
+  store_bits(to, v);
+}
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 PATCHGEN_FAST_INLINE __m256i first_lanes(int64_t count) {
@@ -93,10 +97,18 @@ PATCHGEN_FAST_INLINE void store_partial(float* to, Vec v, int64_t count) {
 
 // -- bf16, fp16 -----------------------------------------------------------------------------------
 
-PATCHGEN_FAST_INLINE Vec load(const BFloat16* from) { return from_bf16(load_bits<Half>(from)); }
-PATCHGEN_FAST_INLINE Vec load(const Float16* from) { return from_fp16(load_bits<Half>(from)); }
-PATCHGEN_FAST_INLINE void store(BFloat16* to, Vec v) { store_bits(to, to_bf16(v)); }
-PATCHGEN_FAST_INLINE void store(Float16* to, Vec v) { store_bits(to, to_fp16(v)); }
+PATCHGEN_FAST_INLINE Vec load(const BFloat16* from) {
+  return from_bf16(load_bits<Half>(from));
+}
+PATCHGEN_FAST_INLINE Vec load(const Float16* from) {
+  return from_fp16(load_bits<Half>(from));
+}
+PATCHGEN_FAST_INLINE void store(BFloat16* to, Vec v) {
+  store_bits(to, to_bf16(v));
+}
+PATCHGEN_FAST_INLINE void store(Float16* to, Vec v) {
+  store_bits(to, to_fp16(v));
+}
 
 PATCHGEN_FAST_INLINE Vec load_partial(const BFloat16* from, int64_t count) {
   return from_bf16(load_half_partial(from, count));
@@ -126,7 +138,9 @@ template <class Element>
 PATCHGEN_FAST_INLINE float load_one(const Element* from) {
   return load_partial(from, 1)[0];
 }
-PATCHGEN_FAST_INLINE float load_one(const float* from) { return *from; }
+PATCHGEN_FAST_INLINE float load_one(const float* from) {
+  return *from;
+}
 PATCHGEN_FAST_INLINE float load_one(const BFloat16* from) {
   return bit_cast<float>(static_cast<uint32_t>(from->bits) << 16);
 }
