@@ -1,0 +1,1 @@
+"""The ops, a file each. Import functions from the top: ``from patchgen_fast import attention``."""

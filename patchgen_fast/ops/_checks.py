@@ -1,0 +1,87 @@
+"""What every op checks or settles before any kernel runs: dtypes, devices, autocast, memory
+layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(x: Any) -> str:
+    """A tensor's shape, dtype and device, or anything else's type."""
+    if isinstance(x, Tensor):
+        return f"{list(x.shape)} {x.dtype} on {x.device}"
+    return f"{type(x).__name__} {x!r}"
+
+
+def check_tensors(op: str, like: Tensor, /, **tensors: Any) -> None:
+    """Each of ``tensors`` is None or a tensor on the device of ``like``."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: expected {name} to be a tensor; got {describe(x)}")
+        if x.device != like.device:
+            raise ValueError(
+                f"{op}: expected {name} on {like.device}, like the first argument; "
+                f"got {describe(x)}. Move it with .to({str(like.device)!r})"
+            )
+
+
+def check_float(op: str, **tensors: Tensor | None) -> None:
+    """Each of ``tensors`` has a floating dtype that the op computes in."""
+    for name, x in tensors.items():
+        if x is not None and x.dtype not in FLOATS:
+            raise TypeError(
+                f"{op}: expected {name} in float32, bfloat16, float16 or float64; "
+                f"got {describe(x)}. Convert it with .float()"
+            )
+
+
+def check_same_dtype(op: str, dtype: torch.dtype, of: str, /, **tensors: Tensor | None) -> None:
+    """Each of ``tensors`` is None or of ``dtype``, that of the argument named ``of``."""
+    for name, x in tensors.items():
+        if x is not None and x.dtype != dtype:
+            raise TypeError(
+                f"{op}: expected {name} in {dtype}, the dtype of {of}; got {describe(x)}. "
+                f"Convert it with .to({dtype}), or run under torch.autocast"
+            )
+
+
+def check_shape(op: str, name: str, x: Tensor | None, *allowed: tuple) -> None:
+    """``x`` is None or has one of the shapes; None in a shape allows any size."""
+    if x is None:
+        return
+    for shape in allowed:
+        if x.dim() == len(shape) and all(
+            want is None or have == want for have, want in zip(x.shape, shape, strict=True)
+        ):
+            return
+    wanted = " or ".join(
+        "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]" for shape in allowed
+    )
+    raise ValueError(f"{op}: expected {name} of shape {wanted}; got {describe(x)}")
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as autocast would hand them to a matrix product: float32 and half types in its
+    dtype.
+    """
+    device = next(x for x in tensors if x is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    )
+
+
+def inner_contiguous(x: Tensor) -> Tensor:
+    """``x`` with stride 1 in its last dimension: itself, or a copy where it must be."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,269 @@
+"""One op, every backend: schema, fake, autograd, FLOPs and implementations, registered in one
+place.
+
+An op is two torch operators, a forward and a backward, each with one overload a kernel backend
+(``torch.ops.patchgen_fast.attention.cpu``, ``torch.ops.patchgen_fast.attention_backward.cpu``),
+all under one schema and one fake. What a forward saves for its backward is said by the op, not by
+the backend, so that any backend's backward takes any forward's. ``torch`` and ``reference`` are
+plain compositions of stock operators with torch's own autograd; the reference has an explicit
+backward too, which serves kernels that have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _native, dispatch
+from .dispatch import Refusal
+
+NAMESPACE = "patchgen_fast"
+KERNEL_BACKENDS = ("cpu", "triton", "cuda")
+NATIVE_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+OPS: dict[str, Op] = {}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass
+class Backend:
+    """One backend of one op: why it is not there at all, or what it refuses."""
+
+    name: str
+    refuses: tuple[Refusal, ...] = ()
+    refuses_backward: tuple[Refusal, ...] = ()
+    unavailable: str | None = None
+    has_backward: bool = False
+
+    def refusal(self, args: Any, *, backward: bool = False) -> Refusal | None:
+        """The first reason against this call, or None."""
+        if self.unavailable is not None:
+            return Refusal("unavailable", self.unavailable, _always)
+        for refusal in self.refuses_backward if backward else self.refuses:
+            if refusal.when(args):
+                return refusal
+        return None
+
+    def refusals_of(self, args: Any) -> list[Refusal]:
+        """Every reason against this call."""
+        if self.unavailable is not None:
+            return [Refusal("unavailable", self.unavailable, _always)]
+        return [refusal for refusal in self.refuses if refusal.when(args)]
+
+
+def _always(args: Any) -> bool:
+    return True
+
+
+def counted(call: str, implementation: Callable) -> Callable:
+    """``implementation``, counted at every run and shielded from autocast, which has had its say
+    already.
+    """
+
+    def run(*args: Any) -> Any:
+        dispatch.count(call)
+        device = args[0].device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return implementation(*args)
+        return implementation(*args)
+
+    return run
+
+
+def lazily(target: str) -> Callable:
+    """The function named by ``"module:function"``, imported when it is first called."""
+
+    def run(*args: Any) -> Any:
+        module, _, name = target.partition(":")
+        return getattr(import_module(module), name)(*args)
+
+    return run
+
+
+@dataclass
+class Op:
+    """An op, as its file in ``ops`` declares it.
+
+    Args:
+        name: of the op; its operators are ``patchgen_fast::{name}`` and
+            ``patchgen_fast::{name}_backward``.
+        schema: of the forward, without a name: ``"(Tensor input, ...) -> Tensor"``.
+        backward_schema: of the backward.
+        backward_arguments: the NamedTuple of the backward's arguments.
+        fake: shapes, dtypes and strides of the forward's results.
+        backward_fake: the same of the backward's.
+        save: ``save(ctx, inputs, output)``, what a forward keeps for its backward.
+        backward: ``backward(ctx, *grads)``, the gradients of the forward's arguments, by
+            ``op.run_backward``.
+        reference: the forward in eager PyTorch; takes all the arguments of the public function's
+            NamedTuple.
+        reference_backward: the explicit backward in eager PyTorch.
+        flops: ``flops(*shapes, ...)`` of the forward for torch's FlopCounterMode.
+        backward_flops: the same of the backward.
+        prefer: the table: the backend to try first for these arguments, or None for the device's
+            usual order.
+    """
+
+    name: str
+    schema: str
+    backward_schema: str
+    backward_arguments: type
+    fake: Callable
+    backward_fake: Callable
+    save: Callable
+    backward: Callable
+    reference: Callable
+    reference_backward: Callable
+    flops: Callable
+    backward_flops: Callable
+    prefer: Callable[[Any], str | None] | None = None
+    backends: dict[str, Backend] = field(default_factory=dict)
+    compositions: dict[str, Callable] = field(default_factory=dict)
+    arity: int = 0
+
+    def __post_init__(self) -> None:
+        OPS[self.name] = self
+        for backend in KERNEL_BACKENDS:
+            self._define(backend)
+            self.backends[backend] = Backend(
+                backend, unavailable=f"{self.name} has no {backend} kernel yet"
+            )
+        self._define_backward("reference")
+        self._implement(f"{self.name}_backward", "reference", self.reference_backward)
+        self.backends["reference"] = Backend("reference", has_backward=True)
+        self.backends["torch"] = Backend(
+            "torch", unavailable=f"{self.name} has no torch composition"
+        )
+        self.compositions["reference"] = self.reference
+        packet = getattr(torch.ops.patchgen_fast, self.name)
+        self.overloads = {name: getattr(packet, name) for name in KERNEL_BACKENDS}
+        self.arity = len(self.overloads["cpu"]._schema.arguments)
+        register_flop_formula(packet)(self.flops)
+        backward_packet = getattr(torch.ops.patchgen_fast, f"{self.name}_backward")
+        self.backward_overloads = {
+            name: getattr(backward_packet, name) for name in (*KERNEL_BACKENDS, "reference")
+        }
+        register_flop_formula(backward_packet)(self.backward_flops)
+
+    # --------------------------------------------------------------------- registration of backends
+
+    def add_torch(self, composition: Callable, refuses: tuple[Refusal, ...] = ()) -> None:
+        """The best composition of stock operators, differentiated by torch."""
+        self.compositions["torch"] = composition
+        self.backends["torch"] = Backend("torch", refuses, has_backward=True)
+
+    def add_native(
+        self,
+        backend: str,
+        refuses: tuple[Refusal, ...] = (),
+        refuses_backward: tuple[Refusal, ...] = (),
+        *,
+        forward: Callable | None = None,
+        backward: Callable | None = None,
+    ) -> None:
+        """A backend of the native library.
+
+        Its C++ registers the overloads itself; ``forward`` and ``backward`` are given only where
+        the schema has a SymInt, which the stable ABI lacks: Python then takes it off and calls
+        the raw native op. A native library that lacks the kernel makes the backend unavailable,
+        with the reason.
+        """
+        reason = _native.unavailable_reason(backend)
+        native = {
+            suffix: self._native_kernel(f"{self.name}{suffix}", backend, wrapper)
+            for suffix, wrapper in (("", forward), ("_backward", backward))
+        }
+        if reason is None and not native[""]:
+            reason = f"the native library was built without a {backend} kernel of {self.name}"
+        self.backends[backend] = Backend(
+            backend, refuses, refuses_backward, reason, reason is None and native["_backward"]
+        )
+
+    def _native_kernel(self, operator: str, backend: str, wrapper: Callable | None) -> bool:
+        if wrapper is None:
+            qualified = f"{NAMESPACE}::{operator}.{backend}"
+            return torch._C._dispatch_has_kernel_for_dispatch_key(qualified, NATIVE_KEYS[backend])
+        raw = f"patchgen_fast_native::{operator}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(raw, NATIVE_KEYS[backend]):
+            return False
+        _library.impl(f"{operator}.{backend}", wrapper, NATIVE_KEYS[backend])
+        return True
+
+    def add_kernels(
+        self,
+        backend: str,
+        forward: str,
+        backward: str | None = None,
+        refuses: tuple[Refusal, ...] = (),
+        refuses_backward: tuple[Refusal, ...] = (),
+        unavailable: str | None = None,
+    ) -> None:
+        """A backend in Python: launchers named ``"module:function"``, imported when called."""
+        self._implement(self.name, backend, lazily(forward))
+        if backward is not None:
+            self._implement(f"{self.name}_backward", backend, lazily(backward))
+        self.backends[backend] = Backend(
+            backend,
+            refuses,
+            refuses_backward,
+            unavailable,
+            backward is not None and unavailable is None,
+        )
+
+    def _define(self, backend: str) -> None:
+        _library.define(f"{self.name}.{backend}{self.schema}")
+        qualified = f"{NAMESPACE}::{self.name}.{backend}"
+        torch.library.register_fake(qualified, self.fake, lib=_library)
+        self._define_backward(backend)
+
+        def save(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            ctx.backend = backend
+            self.save(ctx, inputs, output)
+
+        torch.library.register_autograd(qualified, self.backward, setup_context=save, lib=_library)
+
+    def _define_backward(self, backend: str) -> None:
+        _library.define(f"{self.name}_backward.{backend}{self.backward_schema}")
+        qualified = f"{NAMESPACE}::{self.name}_backward.{backend}"
+        torch.library.register_fake(qualified, self.backward_fake, lib=_library)
+
+    def _implement(self, operator: str, backend: str, implementation: Callable) -> None:
+        call = f"{operator}.{backend}"
+        _library.impl(call, counted(call, implementation), "CompositeExplicitAutograd")
+
+    # -------------------------------------------------------------------------------------- running
+
+    def __call__(self, args: Any, backend: str | None = None) -> Any:
+        """Run the op on its NamedTuple of arguments, by the backend named or the fastest that
+        accepts.
+        """
+        name = dispatch.choose(self, args, backend)
+        if name in self.compositions:
+            if not torch.compiler.is_compiling():
+                dispatch.count(f"{self.name}.{name}")
+            device = args[0].device.type
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return self.compositions[name](*args)
+            return self.compositions[name](*args)
+        return self.overloads[name](*args[: self.arity])
+
+    def run_backward(self, ctx: Any, *args: Any) -> Any:
+        """The backward of ``ctx.backend``'s forward: its own where it has one, else the next that
+        accepts.
+        """
+        arguments = self.backward_arguments(*args)
+        for name in (ctx.backend, *dispatch.order(self, arguments)):
+            backend = self.backends[name]
+            runs = name in self.backward_overloads and backend.has_backward
+            if runs and backend.refusal(arguments, backward=True) is None:
+                return self.backward_overloads[name](*args)
+        raise AssertionError("unreachable: the reference's backward refuses nothing")
