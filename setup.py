@@ -37,6 +37,7 @@ from toolchain import (  # noqa: E402
     BuildFailure,
     ObjectCompiler,
     assert_no_weak_symbols,
+    compiler_accepts,
     cuda_arch_flags,
     find_cuda,
     find_cxx,
@@ -52,7 +53,7 @@ RECORD = "build_record.json"
 
 TORCH_TARGET = "0x020a000000000000"  # 2.10, the oldest torch whose stable ABI has what we use
 
-# Instruction sets with a file kernels_<isa>.cpp, weakest first. Only x86 has more than the baseline.
+# Instruction sets with a file kernels_<isa>.cpp, weakest first; other CPUs than x86 have the first.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 ISA_FLAGS: dict[str, list[str]] = {
     "baseline": [],
@@ -101,6 +102,7 @@ class BuildNative(build_ext):
             cxx = find_cxx()
             version = run_quietly([*cxx, "--version"]).stdout.splitlines()
             self.record["compiler"] = version[0] if version else cxx[0]
+            self._choose_isa(cxx)
             self._attempt("operators", loud, self._build_operators, cxx, request)
             self._attempt("info", loud, self._build_info, cxx)
         except BuildFailure as failure:
@@ -131,7 +133,7 @@ class BuildNative(build_ext):
     def _build_operators(self, cxx: list[str], request: str) -> None:
         torch, cpp_extension = import_torch_cpp_extension()
         self.record["torch"] = torch.__version__
-        isa_objects = self._isa_objects(cxx, "cpu/kernels_*.cpp", "isa")
+        isa_objects = self._isa_objects(cxx, "cpu/kernels_*.cpp")
         attempts = [False]
         if request == "cuda" or (request == "auto" and glob("cuda/*.cu")):
             attempts = [True] if request == "cuda" else [True, False]
@@ -148,26 +150,30 @@ class BuildNative(build_ext):
                 self._fail("cuda", reason.splitlines()[0], remedy)
         self.record["operators"] = True
 
-    def _isa_objects(self, cxx: list[str], pattern: str, key: str) -> list[Path]:
-        """Objects of the files with an instruction set of their own, each with its flags."""
-        compiler = ObjectCompiler(cxx, Path(self.build_temp) / "isa", [str(CSRC)])
+    def _choose_isa(self, cxx: list[str]) -> None:
         x86 = platform.machine().lower() in ("x86_64", "amd64")
+        for isa, flags in ISA_FLAGS.items():
+            if isa != "baseline" and not x86:
+                continue
+            if compiler_accepts(cxx, flags):
+                self.record["isa"].append(isa)
+            else:
+                self.record["isa_left_out"][isa] = f"{cxx[0]} does not know {flags[-1]}"
+
+    def _isa_objects(self, cxx: list[str], pattern: str) -> list[Path]:
+        """Objects of the files with an instruction set of their own, each with its flags."""
         sources: dict[Path, list[str]] = {}
         for source in glob(pattern):
             isa = isa_of(source)
             if isa not in ISA_FLAGS:
                 raise BuildFailure(
-                    f"{source}: no flags for {isa!r}", "add it to ISA_FLAGS in setup.py"
+                    f"{source}: {isa!r} has no flags", "add it to ISA_FLAGS in setup.py"
                 )
-            if isa != "baseline" and not x86:
-                continue
-            if not compiler.accepts(ISA_FLAGS[isa]):
-                self.record["isa_left_out"][isa] = f"{cxx[0]} does not know {ISA_FLAGS[isa][-1]}"
-                continue
-            sources[source] = ISA_FLAGS[isa]
+            if isa in self.record["isa"]:
+                sources[source] = ISA_FLAGS[isa]
+        compiler = ObjectCompiler(cxx, Path(self.build_temp) / "isa", [str(CSRC)])
         objects = compiler.compile(sources)
         assert_no_weak_symbols([o for o in objects if isa_of(o) != "baseline"])
-        self.record[key] = [isa for isa in ISA_FLAGS if isa in {isa_of(s) for s in sources}]
         return objects
 
     def _isa_macros(self) -> list[str]:
@@ -251,11 +257,12 @@ class BuildNative(build_ext):
             raise BuildFailure(
                 "csrc/native_module.cpp is missing", "this is not a complete source tree"
             )
-        objects = self._isa_objects(cxx, "native/calibrate_*.cpp", "calibration_isa")
-        facts = [*self._isa_macros(), *self._fact_macros()]
+        objects = self._isa_objects(cxx, "native/calibrate_*.cpp")
         include_dirs = [str(CSRC), sysconfig.get_paths()["include"], pybind11_include()]
         compiler = ObjectCompiler(cxx, Path(self.build_temp) / "info", include_dirs)
-        objects += compiler.compile(dict.fromkeys(plain, facts))
+        flags = dict.fromkeys(plain, self._isa_macros())
+        flags[CSRC / "native/build_facts.cpp"] = self._fact_macros()
+        objects += compiler.compile(flags)
         target = Path(self.get_ext_fullpath(INFO))
         target.parent.mkdir(parents=True, exist_ok=True)
         shared = ["-shared"]

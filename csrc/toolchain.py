@@ -54,7 +54,7 @@ def find_cxx() -> list[str]:
 
 
 def import_torch_cpp_extension() -> tuple[ModuleType, ModuleType]:
-    """torch.utils.cpp_extension; in pip's isolated build, of the environment that is installed into.
+    """torch and its cpp_extension; in pip's isolated build, those of the environment outside.
 
     pip hides that environment's packages from the build, but its path is still known. Taking its
     torch beats downloading another of several gigabytes, and the result runs on every torch from
@@ -107,7 +107,7 @@ def cuda_arch_flags(cuda: Path) -> tuple[list[str], list[str]]:
         match = re.fullmatch(r"(compute_)?(\d+)([af]?)", arch)
         if match is None:
             raise BuildFailure(
-                f"PATCHGEN_FAST_CUDA_ARCHS: expected entries such as 90a or compute_120, got {arch!r}",
+                f"PATCHGEN_FAST_CUDA_ARCHS: expected 90a, compute_120 or the like, got {arch!r}",
                 f"for example PATCHGEN_FAST_CUDA_ARCHS='{DEFAULT_CUDA_ARCHS}'",
             )
         ptx, number, suffix = match.groups()
@@ -118,10 +118,15 @@ def cuda_arch_flags(cuda: Path) -> tuple[list[str], list[str]]:
         flags.append(f"-gencode=arch=compute_{number}{suffix},code={code}_{number}{suffix}")
     if not archs:
         raise BuildFailure(
-            f"this nvcc knows none of the GPU architectures {asked!r} (it lists: {' '.join(listed)})",
+            f"this nvcc knows none of {asked!r}; it lists {' '.join(listed)}",
             "install CUDA 12.8 or later, or set PATCHGEN_FAST_CUDA_ARCHS",
         )
     return archs, flags
+
+
+def compiler_accepts(cxx: list[str], flags: list[str]) -> bool:
+    probe = [*cxx, *flags, "-x", "c++", "-c", os.devnull, "-o", os.devnull]
+    return run_quietly(probe).returncode == 0
 
 
 class ObjectCompiler:
@@ -132,10 +137,6 @@ class ObjectCompiler:
         self.cxx, self.folder = cxx, folder
         self.includes = [f"-I{path}" for path in include_dirs]
         folder.mkdir(parents=True, exist_ok=True)
-
-    def accepts(self, flags: list[str]) -> bool:
-        probe = [*self.cxx, *flags, "-x", "c++", "-c", os.devnull, "-o", os.devnull]
-        return run_quietly(probe).returncode == 0
 
     def command(self, source: Path, flags: list[str]) -> tuple[Path, list[str]]:
         target = self.folder / ("_".join(source.with_suffix(".o").parts[1:]))
@@ -165,7 +166,7 @@ class ObjectCompiler:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise BuildFailure(
                 f"{command[-3]} does not compile: {(errors or ['see the build log'])[0]}",
-                f"see the build log: PATCHGEN_FAST_BUILD=cpu pip install -v .; if need be, {REINSTALL}",
+                f"see the log of: PATCHGEN_FAST_BUILD=cpu pip install -v .; {REINSTALL}",
             )
         stamp.write_text(digest)
         return target

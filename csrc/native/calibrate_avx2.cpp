@@ -1,0 +1,2 @@
+#define PATCHGEN_FAST_LOOPS loops_avx2
+#include "calibrate_isa.h"
