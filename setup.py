@@ -182,7 +182,7 @@ class BuildNative(build_ext):
     def _link_operators(self, cpp_extension, isa_objects: list[Path], with_cuda: bool) -> None:
         sources = [p for p in glob("*.cpp") if p.stem != "native_module"]
         sources += [p for p in glob("cpu/*.cpp") if not p.stem.startswith("kernels_")]
-        if not glob("cpu/*_op.cpp"):
+        if not sources:
             raise BuildFailure("csrc holds no operators", "this is not a complete source tree")
         defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *self._isa_macros()]
         include_dirs = [str(CSRC)]

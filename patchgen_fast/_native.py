@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import itertools
 import json
 import threading
 from dataclasses import dataclass
@@ -117,13 +118,43 @@ def info_module() -> ModuleType | None:
         return None
 
 
+def unavailable_reason(backend: str) -> str | None:
+    """Why the native kernels of `backend` ("cpu" or "cuda") cannot serve here; None if they can.
+
+    Loads the library, so that its kernels are registered afterwards. ValueError as `load`.
+    """
+    state = load()
+    if state.loaded and backend == "cuda" and not has_cuda():
+        state = build_failure("cuda")
+    return None if state.loaded else f"{state.reason}. Remedy: {state.remedy}"
+
+
+def call_counts() -> dict[str, int]:
+    """Calls of every native kernel so far, as {"attention.cpu": 12}; empty if none are loaded."""
+    if _status is None or not _status.loaded:
+        return {}
+    counts: dict[str, int] = {}
+    kernels = library()
+    for index in itertools.count():
+        name = kernels.patchgen_fast_counter_name(index)
+        if name is None:
+            return counts
+        counts[name.decode()] = kernels.patchgen_fast_call_count(name)
+    raise AssertionError("unreachable")
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded operators for ctypes, e.g. to read call counters. RuntimeError if not loaded."""
+    """The loaded operators for ctypes. RuntimeError if they are not loaded."""
     state = load()
     if not state.loaded:
         raise RuntimeError(f"the native operators are {state}")
-    return ctypes.CDLL(str(LIBRARY))
+    kernels = ctypes.CDLL(str(LIBRARY))
+    kernels.patchgen_fast_counter_name.argtypes = [ctypes.c_int64]
+    kernels.patchgen_fast_counter_name.restype = ctypes.c_char_p
+    kernels.patchgen_fast_call_count.argtypes = [ctypes.c_char_p]
+    kernels.patchgen_fast_call_count.restype = ctypes.c_int64
+    return kernels
 
 
 def has_cuda() -> bool:
