@@ -119,14 +119,16 @@ def info_module() -> ModuleType | None:
 
 
 def unavailable_reason(backend: str) -> str | None:
-    """Why the native kernels of `backend` ("cpu" or "cuda") cannot serve here; None if they can.
+    """Why no kernel of the native `backend` ("cpu" or "cuda") can run here; None if some can.
 
     Loads the library, so that its kernels are registered afterwards. ValueError as `load`.
     """
     state = load()
-    if state.loaded and backend == "cuda" and not has_cuda():
-        state = build_failure("cuda")
-    return None if state.loaded else f"{state.reason}. Remedy: {state.remedy}"
+    if not state.loaded:
+        return f"the native operators are {state}"
+    if backend == "cuda" and not has_cuda():
+        return f"the native operators were built without CUDA: {build_failure('cuda').reason}"
+    return None
 
 
 def call_counts() -> dict[str, int]:
@@ -135,7 +137,7 @@ def call_counts() -> dict[str, int]:
         return {}
     counts: dict[str, int] = {}
     kernels = library()
-    for index in itertools.count():
+    for index in itertools.count():  # two counters may share a name: their counts are added up
         name = kernels.patchgen_fast_counter_name(index)
         if name is None:
             return counts
@@ -160,36 +162,3 @@ def library() -> ctypes.CDLL:
 def has_cuda() -> bool:
     """Whether CUDA kernels are compiled into the library (not: whether there is a GPU)."""
     return bool(build_record().get("cuda")) and LIBRARY.exists()
-
-
-def unavailable_reason(backend: str) -> str | None:
-    """Why no kernel of the native `backend` ("cpu" or "cuda") can run here at all; None if some
-    can.
-    """
-    state = load()
-    if not state.loaded:
-        return f"the native operators are {state}"
-    if backend == "cuda" and not has_cuda():
-        return f"the native operators were built without CUDA: {build_failure('cuda').reason}"
-    return None
-
-
-def call_counts() -> dict[str, int]:
-    """How often each native implementation ran in this process, as {"attention.cpu": 12, ...}."""
-    if _status is None or not _status.loaded:
-        return {}
-    functions = _counter_functions()
-    counts: dict[str, int] = {}
-    while (name := functions.patchgen_fast_counter_name(len(counts))) is not None:
-        counts[name.decode()] = functions.patchgen_fast_call_count(name)
-    return counts
-
-
-@functools.cache
-def _counter_functions() -> ctypes.CDLL:
-    functions = library()
-    functions.patchgen_fast_counter_name.argtypes = [ctypes.c_int64]
-    functions.patchgen_fast_counter_name.restype = ctypes.c_char_p
-    functions.patchgen_fast_call_count.argtypes = [ctypes.c_char_p]
-    functions.patchgen_fast_call_count.restype = ctypes.c_int64
-    return functions
