@@ -187,14 +187,16 @@ class Op:
         )
 
     def _native_kernel(self, operator: str, backend: str, wrapper: Callable | None) -> bool:
-        if wrapper is None:
-            qualified = f"{NAMESPACE}::{operator}.{backend}"
-            return torch._C._dispatch_has_kernel_for_dispatch_key(qualified, NATIVE_KEYS[backend])
-        raw = f"patchgen_fast_native::{operator}"
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(raw, NATIVE_KEYS[backend]):
-            return False
-        _library.impl(f"{operator}.{backend}", wrapper, NATIVE_KEYS[backend])
-        return True
+        """Whether the library has the kernel; a wrapped one is registered on the way."""
+        name = (
+            f"{NAMESPACE}_native::{operator}" if wrapper else f"{NAMESPACE}::{operator}.{backend}"
+        )
+        key = NATIVE_KEYS[backend]
+        found = torch._C._dispatch_has_kernel(name)
+        found = found and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+        if found and wrapper is not None:
+            _library.impl(f"{operator}.{backend}", wrapper, key)
+        return found
 
     def add_kernels(
         self,

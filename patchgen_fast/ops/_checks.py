@@ -85,3 +85,15 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 def inner_contiguous(x: Tensor) -> Tensor:
     """``x`` with stride 1 in its last dimension: itself, or a copy where it must be."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def check_heads(op: str, heads: int, kv_heads: int, enable_gqa: bool) -> None:
+    """Key and value have the query's heads, or with ``enable_gqa`` a divisor of them."""
+    if kv_heads == heads or (enable_gqa and kv_heads > 0 and heads % kv_heads == 0):
+        return
+    raise ValueError(
+        f"{op}: expected key and value with the query's {heads} heads"
+        + (" or a divisor of them" if enable_gqa else "")
+        + f"; got {kv_heads}."
+        + ("" if enable_gqa else " Pass enable_gqa=True to share each among several query heads")
+    )

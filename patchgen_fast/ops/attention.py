@@ -28,12 +28,14 @@ from ..registry import Op
 from ._checks import (
     autocast,
     check_float,
+    check_heads,
     check_same_dtype,
     check_shape,
     check_tensors,
     describe,
     inner_contiguous,
 )
+from ._refusals import NOT_ON_CPU, float64_of
 
 MAX_HEAD_DIM = 256
 
@@ -146,19 +148,21 @@ def _backward_flops(grad_shape, grad_lse_shape, query_shape, key_shape, *args, *
 DROPOUT = Refusal(
     "dropout", "dropout_p above 0 is done by reference and torch only", lambda a: a.dropout_p > 0
 )
-FLOAT64 = Refusal(
-    "float64", "float64 is done by the reference only", lambda a: a.query.dtype == torch.float64
-)
+FLOAT64 = float64_of("query")
 HEAD_DIM = Refusal(
     "head_dim",
     f"head dimensions above {MAX_HEAD_DIM} are done by torch and reference only",
-    lambda a: a.query.shape[3] > MAX_HEAD_DIM,
+    lambda a: a.query.shape[-1] > MAX_HEAD_DIM,
 )
-NOT_ON_CPU = Refusal(
-    "device", "it needs tensors on the CPU", lambda a: a.query.device.type != "cpu"
-)
-NOT_ON_CUDA = Refusal(
-    "device", "it needs tensors on a CUDA device", lambda a: a.query.device.type != "cuda"
+
+WIDE_MASK_ON_CUDA = Refusal(
+    "mask_dtype",
+    "SDPA on CUDA takes no float32 mask beside half queries, and rounding it could empty rows",
+    lambda a: (
+        a.query.device.type == "cuda"
+        and a.attn_mask is not None
+        and a.attn_mask.dtype not in (torch.bool, a.query.dtype)
+    ),
 )
 
 OP = Op(
@@ -175,7 +179,7 @@ OP = Op(
     flops=_flops,
     backward_flops=_backward_flops,
 )
-OP.add_torch(stock.attention, refuses=(FLOAT64,))
+OP.add_torch(stock.attention, refuses=(FLOAT64, WIDE_MASK_ON_CUDA))
 OP.add_native(
     "cpu",
     refuses=(NOT_ON_CPU, FLOAT64, HEAD_DIM, DROPOUT),
@@ -201,17 +205,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         raise ValueError(
             f"attention: expected a head dimension of at least 1; got {describe(query)}"
         )
-    if key.shape[1] != heads and (not enable_gqa or key.shape[1] == 0 or heads % key.shape[1]):
-        raise ValueError(
-            f"attention: expected key and value with the query's {heads} heads"
-            + (" or a divisor of them" if enable_gqa else "")
-            + f"; got {key.shape[1]}."
-            + (
-                ""
-                if enable_gqa
-                else " Pass enable_gqa=True to share each among several query heads"
-            )
-        )
+    check_heads("attention", heads, key.shape[1], enable_gqa)
 
 
 def _normalise_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

@@ -19,6 +19,7 @@ from ._attention import (
     varlen_attention_backward,
 )
 from ._dense import (
+    ACTIVATIONS,
     activation_backward,
     add_layer_norm,
     add_layer_norm_backward,
@@ -28,15 +29,17 @@ from ._dense import (
 from ._patches import (
     cut,
     grid_of,
+    normalised_pixels,
     paste,
     patch_embed,
     patch_embed_backward,
     patch_unembed,
     patch_unembed_backward,
 )
-from ._qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
+from ._qk_norm_rope import qk_norm_rope, qk_norm_rope_backward, rotate
 
 __all__ = [
+    "ACTIVATIONS",
     "activation_backward",
     "add_layer_norm",
     "add_layer_norm_backward",
@@ -49,6 +52,7 @@ __all__ = [
     "grid_of",
     "linear",
     "linear_backward",
+    "normalised_pixels",
     "paste",
     "patch_embed",
     "patch_embed_backward",
@@ -56,6 +60,7 @@ __all__ = [
     "patch_unembed_backward",
     "qk_norm_rope",
     "qk_norm_rope_backward",
+    "rotate",
     "varlen_attention",
     "varlen_attention_backward",
 ]

@@ -46,7 +46,7 @@ def _channelwise(x: Tensor, axes: int) -> Tensor:
     return x.view(1, -1, *[1] * axes)
 
 
-def _pixels(
+def normalised_pixels(
     images: Tensor, weight: Tensor, mean: Tensor | None, std: Tensor | None, work: torch.dtype
 ) -> Tensor:
     """Images scaled to 0..1 (uint8) and normalised, in the weight's dtype.
@@ -78,7 +78,7 @@ def patch_embed(
 ) -> Tensor:
     """Patches times weight, plus bias and position; prefix tokens, without position, before."""
     work = arithmetic or arithmetic_dtype(weight.dtype)
-    rows = cut(_pixels(images, weight, mean, std, work).to(work), weight.shape[2:])
+    rows = cut(normalised_pixels(images, weight, mean, std, work).to(work), weight.shape[2:])
     tokens = rows @ weight.to(work).flatten(1).mT
     if bias is not None:
         tokens = tokens + bias.to(work)
@@ -111,7 +111,7 @@ def patch_embed_backward(
     grad_tokens = grad[:, grad.shape[1] - tokens :]
     grad_images = grad_weight = nothing(weight)
     if weight_grad:
-        rows = cut(_pixels(images, weight, mean, std, work).to(work), patch)
+        rows = cut(normalised_pixels(images, weight, mean, std, work).to(work), patch)
         grad_weight = (
             (grad_tokens.flatten(0, 1).mT @ rows.flatten(0, 1)).view(weight.shape).to(weight.dtype)
         )

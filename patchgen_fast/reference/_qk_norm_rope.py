@@ -6,7 +6,7 @@ from torch import Tensor
 from ._arithmetic import arithmetic_dtype, nothing
 
 
-def _rotate(x: Tensor, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, interleaved: bool) -> Tensor:
     """The quarter turn of every pair: (a, b) to (-b, a)."""
     if interleaved:
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -44,7 +44,7 @@ def _norm_rope(
         y = y + bias.to(work)
     if cos is not None and sin is not None:
         prefix, rest = y[:, :, :num_prefix_tokens], y[:, :, num_prefix_tokens:]
-        rest = rest * cos.to(work) + _rotate(rest, interleaved) * sin.to(work)
+        rest = rest * cos.to(work) + rotate(rest, interleaved) * sin.to(work)
         y = torch.cat((prefix, rest), dim=2)
     return y.to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -102,8 +102,8 @@ def _norm_rope_backward(
         if cos_sin_grad:
             rest = affine[:, :, num_prefix_tokens:]
             grad_cos = (turned * rest).sum_to_size(cos.shape)
-            grad_sin = (turned * _rotate(rest, interleaved)).sum_to_size(sin.shape)
-        turned = turned * cos.to(work) - _rotate(turned * sin.to(work), interleaved)
+            grad_sin = (turned * rotate(rest, interleaved)).sum_to_size(sin.shape)
+        turned = turned * cos.to(work) - rotate(turned * sin.to(work), interleaved)
         grad = torch.cat((prefix, turned), dim=2)
     grad_bias = nothing(x) if bias is None else grad.sum((0, 1, 2)).to(bias.dtype)
     grad_weight = nothing(x) if weight is None else (grad * normed).sum((0, 1, 2)).to(weight.dtype)

@@ -1,0 +1,248 @@
+"""Images to tokens: normalise, cut into patches, embed, add positions, put prefix tokens before,
+in one op.
+
+``tokens = conv(round((float32(images) - mean) / std), weight, stride = kernel) + bias +
+pos_embed``, patches row by row; prefix tokens, which get no position, before them. uint8 images
+are divided by 255 first; ``round`` is to the weight's dtype. H and W (and T) are floored to whole
+patches, as a convolution does.
+
+Shapes: images ``[B, C, H, W]`` or ``[B, C, T, H, W]``, any strides; weight ``[E, C, Ph, Pw]`` or
+``[E, C, Pt, Ph, Pw]``; result ``[B, P + N, E]``, contiguous, in the weight's dtype. Sums in
+float32. The backward saves images and weight; the gradients of bias, positions and prefix are
+sums of the output's over the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference, stock
+from ..registry import Op
+from ._checks import (
+    FLOATS,
+    autocast,
+    check_float,
+    check_same_dtype,
+    check_shape,
+    check_tensors,
+    describe,
+)
+from ._refusals import NOT_ON_CPU, float64_of
+
+
+class PatchEmbedArguments(NamedTuple):
+    images: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    pos_embed: Tensor | None
+    prefix: Tensor | None
+    mean: Tensor | None
+    std: Tensor | None
+
+
+class PatchEmbedBackwardArguments(NamedTuple):
+    grad_out: Tensor
+    images: Tensor
+    weight: Tensor
+    mean: Tensor | None
+    std: Tensor | None
+    images_grad: bool
+    weight_grad: bool
+
+
+SCHEMA = (
+    "(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, "
+    "Tensor? mean, Tensor? std) -> Tensor"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor grad_out, Tensor images, Tensor weight, Tensor? mean, Tensor? std, bool images_grad, "
+    "bool weight_grad) -> (Tensor grad_images, Tensor grad_weight, Tensor grad_tokens_sum)"
+)
+
+
+def _tokens(images: Tensor, weight: Tensor) -> int:
+    return math.prod(reference.grid_of(images, weight))
+
+
+def _fake(images, weight, bias, pos_embed, prefix, mean, std):
+    tokens = _tokens(images, weight) + (0 if prefix is None else prefix.shape[0])
+    return weight.new_empty((images.shape[0], tokens, weight.shape[0]))
+
+
+def _backward_fake(grad_out, images, weight, mean, std, images_grad, weight_grad):
+    grad_images = images.new_empty(images.shape) if images_grad else weight.new_empty(0)
+    grad_weight = weight.new_empty(weight.shape if weight_grad else 0)
+    sums = weight.new_empty(grad_out.shape[1:], dtype=reference.arithmetic_dtype(weight.dtype))
+    return grad_images, grad_weight, sums
+
+
+def _save(ctx, inputs, output):
+    images, weight, bias, pos_embed, prefix, mean, std = inputs
+    ctx.save_for_backward(images, weight, mean, std)
+    ctx.prefix = 0 if prefix is None else prefix.shape[0]
+
+
+def _backward(ctx, grad_out):
+    images_grad, weight_grad, bias_grad, pos_grad, prefix_grad = ctx.needs_input_grad[:5]
+    images, weight, mean, std = ctx.saved_tensors
+    grad_images, grad_weight, sums = OP.run_backward(
+        ctx, grad_out, images, weight, mean, std, images_grad, weight_grad
+    )
+    patches = sums[ctx.prefix :]
+    return (
+        grad_images if images_grad else None,
+        grad_weight if weight_grad else None,
+        patches.sum(0).to(weight.dtype) if bias_grad else None,
+        patches.to(weight.dtype) if pos_grad else None,
+        sums[: ctx.prefix].to(weight.dtype) if prefix_grad else None,
+        None,
+        None,
+    )
+
+
+def _flops(images_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    """As torch's own counter counts the convolution."""
+    grid = [n // p for n, p in zip(images_shape[2:], weight_shape[2:], strict=True)]
+    return 2 * images_shape[0] * math.prod(grid) * math.prod(weight_shape)
+
+
+def _backward_flops(
+    grad_shape, images_shape, weight_shape, mean, std, images_grad, weight_grad, **kwargs
+) -> int:
+    return _flops(images_shape, weight_shape) * (int(images_grad) + int(weight_grad))
+
+
+OP = Op(
+    "patch_embed",
+    SCHEMA,
+    BACKWARD_SCHEMA,
+    PatchEmbedBackwardArguments,
+    fake=_fake,
+    backward_fake=_backward_fake,
+    save=_save,
+    backward=_backward,
+    reference=reference.patch_embed,
+    reference_backward=reference.patch_embed_backward,
+    flops=_flops,
+    backward_flops=_backward_flops,
+)
+FLOAT64 = float64_of("weight")
+OP.add_torch(stock.patch_embed, refuses=(FLOAT64,))
+OP.add_native("cpu", refuses=(NOT_ON_CPU, FLOAT64), refuses_backward=(NOT_ON_CPU, FLOAT64))
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A statistic on its device, made once, so that no call copies to a GPU."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _statistic(name: str, value: Any, images: Tensor) -> Tensor | None:
+    """mean or std as float32 ``[C]``, from a float, floats or a tensor."""
+    if value is None:
+        return None
+    channels = images.shape[1]
+    if isinstance(value, Tensor):
+        check_tensors("patch_embed", images, **{name: value})
+        check_shape("patch_embed", name, value, (channels,))
+        return value.detach().float().contiguous()
+    values = (value,) * channels if isinstance(value, (int, float)) else tuple(value)
+    if len(values) != channels:
+        raise ValueError(
+            f"patch_embed: expected {name} as one float or {channels}, one a channel; "
+            f"got {len(values)}"
+        )
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.float32, device=images.device)
+    return _constant(tuple(float(v) for v in values), images.device)
+
+
+def _check(images: Any, weight: Any, **others: Any) -> None:
+    for name, x in (("images", images), ("weight", weight)):
+        if not isinstance(x, Tensor) or x.dim() not in (4, 5):
+            raise (ValueError if isinstance(x, Tensor) else TypeError)(
+                f"patch_embed: expected {name} of 4 dimensions, or 5 for video; got {describe(x)}"
+            )
+    check_tensors("patch_embed", images, weight=weight, **others)
+    check_float("patch_embed", weight=weight)
+    if images.dtype != torch.uint8 and images.dtype not in FLOATS:
+        raise TypeError(
+            "patch_embed: expected images in uint8 (0 to 255), float32, bfloat16 or float16; "
+            f"got {describe(images)}. Convert them with .float()"
+        )
+    check_same_dtype("patch_embed", weight.dtype, "weight", **others)
+    embed, channels, *patch = weight.shape
+    if images.dim() != weight.dim() or images.shape[1] != channels:
+        raise ValueError(
+            f"patch_embed: expected images of {channels} channels and {weight.dim()} dimensions, "
+            f"as weight {list(weight.shape)} has; got {describe(images)}"
+        )
+    if 0 in weight.shape or any(n < p for n, p in zip(images.shape[2:], patch, strict=True)):
+        raise ValueError(
+            f"patch_embed: expected images of at least one patch of {patch} pixels; "
+            f"got {describe(images)}"
+        )
+    check_shape("patch_embed", "bias", others["bias"], (embed,))
+    tokens = _tokens(images, weight)
+    check_shape(
+        "patch_embed", "pos_embed", others["pos_embed"], (tokens, embed), (1, tokens, embed)
+    )
+    check_shape("patch_embed", "prefix", others["prefix"], (None, embed), (1, None, embed))
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None,
+    mean: float | Sequence[float] | Tensor | None = None,
+    std: float | Sequence[float] | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Embed the patches of images, or of videos.
+
+    Args:
+        images: ``[B, C, H, W]`` or ``[B, C, T, H, W]``; float32, bfloat16, float16, or uint8 from
+            0 to 255; any memory format. At least one patch; what fills no patch at the right and
+            below is left out.
+        weight: ``[E, C, Ph, Pw]`` or ``[E, C, Pt, Ph, Pw]``, as of a convolution, in float32,
+            bfloat16 or float16.
+        bias: ``[E]`` in the weight's dtype.
+        pos_embed: ``[N, E]`` or ``[1, N, E]`` in the weight's dtype, added to the patches' tokens.
+        prefix: ``[P, E]`` or ``[1, P, E]`` in the weight's dtype, tokens put before, without
+            position.
+        mean: subtracted from the images on the 0 to 1 scale: a float, one a channel, or a tensor
+            ``[C]``.
+        std: then divided by, as mean.
+        backend: None for the fastest, or "cuda", "triton", "cpu", "torch", "reference".
+
+    Returns:
+        ``[B, P + N, E]``, contiguous, in the weight's dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or value; BackendRefused: ``backend``
+            can't run this call.
+    """
+    weight, bias, pos_embed, prefix = autocast(weight, bias, pos_embed, prefix)
+    _check(images, weight, bias=bias, pos_embed=pos_embed, prefix=prefix)
+    if images.dtype == torch.float64 and weight.dtype != torch.float64:
+        images = images.float()
+    embed = weight.shape[0]
+    args = PatchEmbedArguments(
+        images,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        None if pos_embed is None else pos_embed.reshape(-1, embed),
+        None if prefix is None else prefix.reshape(-1, embed),
+        _statistic("mean", mean, images),
+        _statistic("std", std, images),
+    )
+    return OP(args, backend)
