@@ -61,7 +61,8 @@ def build_failure(part: str) -> Status:
         return Status(False, found["reason"], found["remedy"])
     if not record:
         return Status(False, "the native part has not been built", BUILD_FROM_SOURCE)
-    return Status(False, f"{part} was not part of this build", BUILD_FROM_SOURCE)
+    how = f"PATCHGEN_FAST_BUILD={record.get('requested')}"
+    return Status(False, f"{part} was not part of this build ({how})", BUILD_FROM_SOURCE)
 
 
 def load() -> Status:
