@@ -19,17 +19,20 @@ def describe(x: Any) -> str:
     return f"{type(x).__name__} {x!r}"
 
 
-def check_tensors(op: str, like: Tensor, /, **tensors: Any) -> None:
-    """Each of ``tensors`` is None or a tensor on the device of ``like``."""
-    for name, x in tensors.items():
-        if x is None:
+def check_tensors(op: str, required: dict[str, Any], /, **optional: Any) -> None:
+    """All of ``required`` are tensors, those of ``optional`` tensors or None; all on one device."""
+    device = None
+    for name, x in (required | optional).items():
+        if x is None and name not in required:
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: expected {name} to be a tensor; got {describe(x)}")
-        if x.device != like.device:
+        if device is None:
+            device = x.device
+        if x.device != device:
             raise ValueError(
-                f"{op}: expected {name} on {like.device}, like the first argument; "
-                f"got {describe(x)}. Move it with .to({str(like.device)!r})"
+                f"{op}: expected {name} on {device}, like the first argument; "
+                f"got {describe(x)}. Move it with .to({str(device)!r})"
             )
 
 
@@ -53,14 +56,21 @@ def check_same_dtype(op: str, dtype: torch.dtype, of: str, /, **tensors: Tensor 
             )
 
 
+def _matches(shape: tuple, pattern: tuple) -> bool:
+    if len(shape) != len(pattern):
+        return False
+    for have, want in zip(shape, pattern, strict=True):
+        if want is not None and have != want:
+            return False
+    return True
+
+
 def check_shape(op: str, name: str, x: Tensor | None, *allowed: tuple) -> None:
     """``x`` is None or has one of the shapes; None in a shape allows any size."""
-    if x is None:
+    if x is None or x.shape in allowed:
         return
     for shape in allowed:
-        if x.dim() == len(shape) and all(
-            want is None or have == want for have, want in zip(x.shape, shape, strict=True)
-        ):
+        if _matches(x.shape, shape):
             return
     wanted = " or ".join(
         "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]" for shape in allowed
@@ -68,17 +78,16 @@ def check_shape(op: str, name: str, x: Tensor | None, *allowed: tuple) -> None:
     raise ValueError(f"{op}: expected {name} of shape {wanted}; got {describe(x)}")
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast would hand them to a matrix product: float32 and half types in its
     dtype.
     """
-    device = next(x for x in tensors if x is not None).device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return (first, *others)  # What is no tensor is refused by the checks that follow.
+    dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(
         x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in tensors
+        for x in (first, *others)
     )
 
 

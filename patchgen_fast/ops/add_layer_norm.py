@@ -136,7 +136,8 @@ def add_layer_norm(
         TypeError, ValueError: a wrong dtype, shape or device; BackendRefused: ``backend`` can't
             run this call.
     """
-    check_tensors("add_layer_norm", input, residual=residual, weight=weight, bias=bias)
+    inputs = {"input": input, "residual": residual}
+    check_tensors("add_layer_norm", inputs, weight=weight, bias=bias)
     check_float("add_layer_norm", input=input, weight=weight, bias=bias)
     check_same_dtype("add_layer_norm", input.dtype, "input", residual=residual)
     check_shape("add_layer_norm", "residual", residual, tuple(input.shape))

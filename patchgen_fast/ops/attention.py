@@ -188,14 +188,15 @@ OP.add_native(
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if isinstance(x, Tensor) and x.dim() != 4:
+    inputs = {"query": query, "key": key, "value": value}
+    check_tensors("attention", inputs)
+    for name, x in inputs.items():
+        if x.dim() != 4:
             raise ValueError(
                 f"attention: expected {name} of shape [B, H, N, D]; got {describe(x)}. "
                 "Add the missing dimensions with .unsqueeze, or use varlen_attention for packed "
                 "[T, H, D]"
             )
-    check_tensors("attention", query, key=key, value=value)
     check_float("attention", query=query)
     check_same_dtype("attention", query.dtype, "query", key=key, value=value)
     batch, heads, _, dim = query.shape
@@ -212,7 +213,7 @@ def _normalise_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor |
     """The mask in four dimensions, each full or 1."""
     if mask is None:
         return None
-    check_tensors("attention", query, attn_mask=mask)
+    check_tensors("attention", {"query": query, "attn_mask": mask})
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise TypeError(
             f"attention: expected attn_mask in bool (True attends), float32 or {query.dtype}; "
@@ -238,9 +239,9 @@ def _normalise_counts(
     if counts is None:
         return None
     batch = query.shape[0]
-    if not isinstance(counts, Tensor):
+    if isinstance(counts, (int, torch.SymInt)):
         return torch.full((batch,), counts, dtype=torch.int32, device=query.device)
-    check_tensors("attention", query, **{name: counts})
+    check_tensors("attention", {"query": query, name: counts})
     if counts.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"attention: expected {name} in int32 or int64; got {describe(counts)}")
     check_shape("attention", name, counts, (batch,))
@@ -310,7 +311,9 @@ def attention(
         raise ValueError(f"attention: expected dropout_p from 0 to 1; got {dropout_p}")
     offset = None if isinstance(query_offset, int) and query_offset == 0 else query_offset
     args = AttentionArguments(
-        *(inner_contiguous(x) for x in (query, key, value)),
+        inner_contiguous(query),
+        inner_contiguous(key),
+        inner_contiguous(value),
         _normalise_mask(attn_mask, query, key),
         _normalise_counts("kv_lengths", kv_lengths, query, 0, key.shape[2]),
         _normalise_counts("query_offset", offset, query, None, 0),

@@ -120,7 +120,7 @@ OP.add_native("cpu", refuses=(NOT_ON_CPU, FLOAT64), refuses_backward=(NOT_ON_CPU
 
 
 def _check(input: Tensor, weight: Tensor, activation: str | None, **others: Any) -> None:
-    check_tensors("linear", input, input=input, weight=weight, **others)
+    check_tensors("linear", {"input": input, "weight": weight}, **others)
     check_float("linear", input=input)
     check_same_dtype("linear", input.dtype, "input", weight=weight, **others)
     if input.dim() == 0:

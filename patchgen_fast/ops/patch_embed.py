@@ -149,7 +149,7 @@ def _statistic(name: str, value: Any, images: Tensor) -> Tensor | None:
         return None
     channels = images.shape[1]
     if isinstance(value, Tensor):
-        check_tensors("patch_embed", images, **{name: value})
+        check_tensors("patch_embed", {"images": images, name: value})
         check_shape("patch_embed", name, value, (channels,))
         return value.detach().float().contiguous()
     values = (value,) * channels if isinstance(value, (int, float)) else tuple(value)
@@ -164,12 +164,13 @@ def _statistic(name: str, value: Any, images: Tensor) -> Tensor | None:
 
 
 def _check(images: Any, weight: Any, **others: Any) -> None:
-    for name, x in (("images", images), ("weight", weight)):
-        if not isinstance(x, Tensor) or x.dim() not in (4, 5):
-            raise (ValueError if isinstance(x, Tensor) else TypeError)(
+    inputs = {"images": images, "weight": weight}
+    check_tensors("patch_embed", inputs, **others)
+    for name, x in inputs.items():
+        if x.dim() not in (4, 5):
+            raise ValueError(
                 f"patch_embed: expected {name} of 4 dimensions, or 5 for video; got {describe(x)}"
             )
-    check_tensors("patch_embed", images, weight=weight, **others)
     check_float("patch_embed", weight=weight)
     if images.dtype != torch.uint8 and images.dtype not in FLOATS:
         raise TypeError(

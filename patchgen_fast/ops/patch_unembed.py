@@ -107,16 +107,17 @@ OP.add_native(
 
 
 def _check(tokens: Tensor, weight: Tensor, bias: Any, grid_size: tuple[int, int]) -> None:
+    check_tensors("patch_unembed", {"tokens": tokens, "weight": weight}, bias=bias)
     check_shape("patch_unembed", "tokens", tokens, (None, None, None))
-    check_tensors("patch_unembed", tokens, weight=weight, bias=bias)
     check_float("patch_unembed", tokens=tokens)
     check_same_dtype("patch_unembed", tokens.dtype, "tokens", weight=weight, bias=bias)
     check_shape("patch_unembed", "weight", weight, (tokens.shape[2], None, None, None))
     check_shape("patch_unembed", "bias", bias, (weight.shape[1],))
-    if len(grid_size) != 2 or grid_size[0] * grid_size[1] != tokens.shape[1]:
+    rows, columns = grid_size if isinstance(grid_size, (tuple, list)) else (grid_size, 0)
+    if rows * columns != tokens.shape[1]:
         raise ValueError(
             f"patch_unembed: expected grid_size as (rows, columns) of {tokens.shape[1]} tokens; "
-            f"got {tuple(grid_size)}"
+            f"got {grid_size}"
         )
 
 

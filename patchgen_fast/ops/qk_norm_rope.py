@@ -147,8 +147,8 @@ OP.add_native("cpu", refuses=(NOT_ON_CPU, FLOAT64), refuses_backward=(NOT_ON_CPU
 
 
 def _check(query: Tensor, key: Tensor, norm: str | None, weights: dict[str, Any]) -> None:
+    check_tensors("qk_norm_rope", {"query": query, "key": key}, **weights)
     check_shape("qk_norm_rope", "query", query, (None, None, None, None))
-    check_tensors("qk_norm_rope", query, key=key, **weights)
     batch, _, tokens, dim = query.shape
     check_shape("qk_norm_rope", "key", key, (batch, None, tokens, dim))
     check_float("qk_norm_rope", query=query, **weights)
@@ -179,7 +179,7 @@ def _check_tables(
             f"qk_norm_rope: expected cos_sin as a pair of tensors; got {type(cos_sin).__name__}"
         )
     cos, sin = cos_sin
-    check_tensors("qk_norm_rope", query, cos=cos, sin=sin)
+    check_tensors("qk_norm_rope", {"query": query, "cos": cos, "sin": sin})
     check_float("qk_norm_rope", cos=cos, sin=sin)
     if dim % 2:
         raise ValueError(f"qk_norm_rope: expected an even D to rotate in pairs; got {dim}")

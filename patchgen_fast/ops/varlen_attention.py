@@ -154,7 +154,7 @@ OP.add_native(
 
 
 def _check_offsets(name: str, offsets: Any, query: Tensor, tokens: int, longest: Any) -> None:
-    check_tensors("varlen_attention", query, **{name: offsets})
+    check_tensors("varlen_attention", {"query": query, name: offsets})
     if offsets.dtype != torch.int32 or offsets.dim() != 1 or offsets.shape[0] < 1:
         raise ValueError(
             f"varlen_attention: expected {name} as int32 [S + 1]; got {describe(offsets)}. "
@@ -176,8 +176,8 @@ def _check_offsets(name: str, offsets: Any, query: Tensor, tokens: int, longest:
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    check_tensors("varlen_attention", {"query": query, "key": key, "value": value})
     check_shape("varlen_attention", "query", query, (None, None, None))
-    check_tensors("varlen_attention", query, key=key, value=value)
     check_float("varlen_attention", query=query)
     check_same_dtype("varlen_attention", query.dtype, "query", key=key, value=value)
     _, heads, dim = query.shape
