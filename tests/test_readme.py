@@ -1,0 +1,25 @@
+"""The README's Python blocks run as they stand, and its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_there_are_blocks():
+    assert len(BLOCKS) >= 3
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_block_runs(number, capsys):
+    exec(compile(BLOCKS[number], f"README.md, block {number + 1}", "exec"), {"__name__": "readme"})
+
+
+def test_links_lead_to_files():
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
