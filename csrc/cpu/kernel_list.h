@@ -2,4 +2,11 @@
 // one line here, the header of its arguments, and the header of its code in kernels_isa.h.
 #pragma once
 
-#define PATCHGEN_FAST_KERNELS(KERNEL)
+#include "patch_embed.h"
+
+// clang-format off
+#define PATCHGEN_FAST_KERNELS(KERNEL) \
+  KERNEL(patch_embed_plan, GemmPlan(const PatchEmbedForward&, int64_t threads)) \
+  KERNEL(patch_embed_pack, void(const PatchEmbedForward&, const GemmPlan&, int64_t task, void* scratch)) \
+  KERNEL(patch_embed_forward, void(const PatchEmbedForward&, const GemmPlan&, int64_t task, void* scratch))
+// clang-format on

@@ -6,6 +6,7 @@
 // would stop an older CPU with SIGILL; the build checks with nm that there is none. Hence: no
 // std:: containers, no exceptions, no allocation in kernels.
 #include "kernels.h"
+#include "patch_embed_kernel.h"
 #include "simd.h"
 
 namespace patchgen_fast {

@@ -30,6 +30,7 @@
 #endif
 
 #define PATCHGEN_FAST_INLINE static inline __attribute__((always_inline))
+#define PATCHGEN_FAST_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace patchgen_fast {
 namespace {

@@ -1,0 +1,104 @@
+// Packing W into panels of kPanelColumns columns of C, as the register tile reads them.
+//
+//     panel[k][column] = the k-th 32-bit group of W's row `column`; 0 where W has no such row
+//
+// One task packs one panel: W is read once and written once, in tiles of kLanes x kLanes words that
+// are transposed in registers. The last panel is as wide as its columns need, in whole vectors.
+// `pack_rows` takes W as [columns, depth], `pack_columns` as [depth, columns] (for products with
+// the transpose, where nothing has to be transposed).
+#pragma once
+
+#include "gemm.h"
+#include "gemm_tile.h"
+
+namespace patchgen_fast {
+namespace {
+
+PATCHGEN_FAST_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+PATCHGEN_FAST_INLINE int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+PATCHGEN_FAST_INLINE int64_t round_up(int64_t a, int64_t b) {
+  return divide_up(a, b) * b;
+}
+
+// Vectors across the columns that start at `column`, at most a panel of them.
+PATCHGEN_FAST_INLINE int64_t panel_vecs(const GemmPlan& plan, int64_t column) {
+  return divide_up(smaller(plan.columns - column, kPanelColumns), kLanes);
+}
+
+PATCHGEN_FAST_INLINE int64_t panel_offset(const GemmPlan& plan, int64_t panel) {
+  return panel * kPanelColumns * plan.groups;
+}
+
+// Where the bias lies behind the panels, as floats, padded with zeros to whole panels.
+PATCHGEN_FAST_INLINE int64_t bias_offset(const GemmPlan& plan) {
+  return plan.panels * kPanelColumns * plan.groups;
+}
+
+// kLanes groups from `from`, of which the first `count` elements exist.
+template <class Operand, class Element>
+PATCHGEN_FAST_INLINE Vec load_groups(const Element* from, int64_t count) {
+  if constexpr (Operand::kPerGroup == 1) {
+    return load_up_to(from, count);
+  } else {
+    if (count >= 2 * kLanes) {
+      return load_bits<Vec>(from);
+    }
+    uint16_t padded[2 * kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      padded[i] = from[i].bits;
+    }
+    return load_bits<Vec>(padded);
+  }
+}
+
+// One vector of columns: rows `w`, w + ld, ... (`rows` of them exist) to panel[k * width].
+template <class Operand, class Element>
+static void pack_vector(Word* panel, int64_t width, const Element* w, int64_t ld, int64_t rows,
+                        int64_t depth) {
+  constexpr int64_t kStep = kLanes * Operand::kPerGroup;
+  for (int64_t first = 0; first < depth; first += kStep) {
+    const int64_t left = depth - first;
+    Vec tile[kLanes];
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) {
+      tile[r] = r < rows ? load_groups<Operand>(w + r * ld + first, left) : Vec{};
+    }
+    transpose(tile);
+    const int64_t groups = smaller(divide_up(left, Operand::kPerGroup), kLanes);
+    for (int k = 0; k < groups; ++k) {
+      store_bits(panel + k * width, tile[k]);
+    }
+    panel += kLanes * width;
+  }
+}
+
+// The panel of W[columns, depth] that starts at `column`; `w` points to that row, rows are `ld`
+// apart.
+template <class Operand, class Element>
+static void pack_rows(Word* panel, const GemmPlan& plan, int64_t column, const Element* w,
+                      int64_t ld) {
+  const int64_t vecs = panel_vecs(plan, column);
+  for (int64_t v = 0; v < vecs; ++v) {
+    const int64_t rows = smaller(plan.columns - column - v * kLanes, kLanes);
+    pack_vector<Operand>(panel + v * kLanes, vecs * kLanes, w + v * kLanes * ld, ld, rows,
+                         plan.depth);
+  }
+}
+
+// The bias of the panel that starts at `column`, as floats; zeros where there is none.
+template <class Element>
+static void pack_bias(float* to, const GemmPlan& plan, int64_t column, const Element* bias) {
+  for (int v = 0; v < kTileVecs; ++v) {
+    const int64_t first = column + v * kLanes;
+    const int64_t left = plan.columns - first;
+    const bool present = bias != nullptr && left > 0;
+    store(to + v * kLanes, present ? load_up_to(bias + first, left) : Vec{});
+  }
+}
+
+}  // namespace
+}  // namespace patchgen_fast

@@ -1,0 +1,111 @@
+// The register tile of all matrix products: kTileRows rows of A times one panel of packed W.
+//
+//     acc[r][v] += A[r][k] * panel[k][v]        one 32-bit group k at a time
+//
+// A group is one float, or two bf16 where the machine multiplies pairs; so the loop is the same for
+// both, and so is the layout: A row by row, a panel as [groups][kPanelColumns]. With 32 registers
+// the tile is 8 x 3 vectors: per group 3 loads of W and 8 broadcasts of A feed 24 multiplications,
+// enough independent sums to hide their latency. A stays in the L1 cache, the panel in L2 (12 bytes
+// a multiplication), C is written once, by the sink, straight from the registers.
+#pragma once
+
+#include "simd.h"
+
+namespace patchgen_fast {
+namespace {
+
+using Word = uint32_t;
+
+constexpr int kTileRows = kRegisters == 32 ? 8 : 6;
+constexpr int kTileVecs = kRegisters == 32 ? 3 : 2;
+constexpr int64_t kPanelColumns = kTileVecs * kLanes;
+
+// How one group is multiplied.
+struct FloatOperand {
+  using Element = float;
+  static constexpr int64_t kPerGroup = 1;
+  // Long sums of floats are cut into runs of this length, or rounding errors grow with the depth
+  // faster than in a product that is blocked over the depth.
+  static constexpr int64_t kRun = 256;
+
+  PATCHGEN_FAST_INLINE Vec multiply(Vec acc, Vec a, Vec w) { return fma(a, w, acc); }
+};
+
+struct PairOperand {
+  using Element = BFloat16;
+  static constexpr int64_t kPerGroup = 2;
+  static constexpr int64_t kRun = 1024;
+
+  PATCHGEN_FAST_INLINE Vec multiply(Vec acc, Vec a, Vec w) {
+    return dot_pairs(acc, bit_cast<Pairs>(a), bit_cast<Pairs>(w));
+  }
+};
+
+// What a tensor of `Element` is multiplied as: pairs only where they are native.
+template <class Element>
+struct OperandFor {
+  using type = FloatOperand;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct OperandFor<BFloat16> {
+  using type = PairOperand;
+};
+#endif
+
+PATCHGEN_FAST_INLINE Vec broadcast_word(const Word* word) {
+  return broadcast(bit_cast<float>(*word));
+}
+PATCHGEN_FAST_INLINE Vec load_words(const Word* from) {
+  return load_bits<Vec>(from);
+}
+
+template <class Operand, int Rows, int Vecs>
+PATCHGEN_FAST_INLINE void accumulate(Vec (&acc)[Rows][Vecs], const Word* a, int64_t stride,
+                                     const Word* panel, int64_t groups) {
+  for (int64_t k = 0; k < groups; ++k) {
+    Vec w[Vecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vecs; ++v) {
+      w[v] = load_words(panel + (k * Vecs + v) * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const Vec x = broadcast_word(a + r * stride + k);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vecs; ++v) {
+        acc[r][v] = Operand::multiply(acc[r][v], x, w[v]);
+      }
+    }
+  }
+}
+
+// One tile over the whole depth, handed to the sink. A long sum is made of runs that are added up
+// in `total`, which stays in the L1 cache.
+template <class Operand, int Rows, int Vecs, class Sink>
+PATCHGEN_FAST_INLINE void gemm_tile(const Word* a, int64_t stride, const Word* panel,
+                                    int64_t groups, const Sink& sink, int64_t row, int64_t column) {
+  Vec acc[Rows][Vecs] = {};
+  if (groups <= Operand::kRun) {
+    accumulate<Operand>(acc, a, stride, panel, groups);
+  } else {
+    Vec total[Rows][Vecs] = {};
+    for (int64_t first = 0; first < groups; first += Operand::kRun) {
+      const int64_t run = groups - first < Operand::kRun ? groups - first : Operand::kRun;
+      accumulate<Operand>(acc, a + first, stride, panel + first * Vecs * kLanes, run);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < Vecs; ++v) {
+          total[r][v] += acc[r][v];
+          acc[r][v] = Vec{};
+        }
+      }
+    }
+    __builtin_memcpy(acc, total, sizeof(acc));
+  }
+  sink.put(acc, row, column);
+}
+
+}  // namespace
+}  // namespace patchgen_fast

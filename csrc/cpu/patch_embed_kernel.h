@@ -1,0 +1,150 @@
+// Patch embedding: a strided convolution as one matrix product, from the image to the tokens.
+//
+//     out[b, P + n, :] = patch(b, n) @ W^T + bias + pos_embed[n],    out[b, :P, :] = prefix
+//
+// One task owns a block of patches (48 to 96) and all or some columns of their tokens. It gathers
+// the patches into its block of A (L2), multiplies them with the packed weights, and the epilogue
+// adds bias and position to the registers and writes each token once: nothing else passes through
+// memory. Bytes moved: the images, the tokens, and the weights twice (packing).
+#pragma once
+
+#include "gemm_kernel.h"
+#include "patch_embed_gather.h"
+
+namespace patchgen_fast {
+namespace {
+
+template <class Weight>
+static GemmPlan plan_patch_embed(const PatchEmbedForward& f, int64_t threads) {
+  using Operand = typename OperandFor<Weight>::type;
+  const int64_t rows = f.grid.batch * f.grid.patches();
+  GemmPlan plan =
+      plan_gemm<Operand>(rows, f.embed, f.grid.depth(), threads, sizeof(RowTarget<Weight>));
+  plan.scratch_bytes += gather_scratch_bytes(f.grid);
+  plan.pack_scratch_bytes =
+      f.grid.interleaved() ? static_cast<size_t>(kPanelColumns * plan.depth) * sizeof(Weight) : 0;
+  return plan;
+}
+
+// Rows of W from [C, pixel] to [pixel, C], the order of an interleaved image.
+template <class Weight>
+static void interleave_rows(Weight* to, const Weight* w, int64_t rows, int64_t channels,
+                            int64_t pixels) {
+  for (int64_t r = 0; r < rows; ++r, to += channels * pixels, w += channels * pixels) {
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t p = 0; p < pixels; ++p) {
+        to[p * channels + c] = w[c * pixels + p];
+      }
+    }
+  }
+}
+
+template <class Weight>
+static void pack_patch_embed(const PatchEmbedForward& f, const GemmPlan& plan, int64_t panel,
+                             void* scratch) {
+  using Operand = typename OperandFor<Weight>::type;
+  const int64_t column = panel * kPanelColumns;
+  const Weight* w = static_cast<const Weight*>(f.weight) + column * plan.depth;
+  if (f.grid.interleaved()) {
+    Weight* permuted = static_cast<Weight*>(scratch);
+    interleave_rows(permuted, w, smaller(plan.columns - column, kPanelColumns), f.grid.channels,
+                    plan.depth / f.grid.channels);
+    w = permuted;
+  }
+  Word* packed = static_cast<Word*>(f.packed);
+  pack_rows<Operand>(packed + panel_offset(plan, panel), plan, column, w, plan.depth);
+  pack_bias(reinterpret_cast<float*>(packed + bias_offset(plan)) + column, plan, column,
+            static_cast<const Weight*>(f.bias));
+}
+
+// Where each token of a task goes, and its position; the prefix is written before an image's first.
+template <class Weight>
+static void place_tokens(const PatchEmbedForward& f, const GemmTask& t,
+                         RowTarget<Weight>* targets) {
+  const int64_t patches = f.grid.patches();
+  const Weight* positions = static_cast<const Weight*>(f.pos_embed);
+  for (int64_t row = 0; row < t.rows; ++row) {
+    const int64_t image = (t.first_row + row) / patches;
+    const int64_t patch = (t.first_row + row) % patches;
+    const int64_t token = image * (f.prefix_tokens + patches) + f.prefix_tokens + patch;
+    Weight* out = static_cast<Weight*>(f.out) + token * f.embed;
+    targets[row] = {out, positions != nullptr ? positions + patch * f.embed : nullptr};
+    if (patch == 0 && f.prefix_tokens > 0 && t.first_panel == 0) {
+      const int64_t elements = f.prefix_tokens * f.embed;
+      __builtin_memcpy(out - elements, f.prefix, static_cast<size_t>(elements) * sizeof(Weight));
+    }
+  }
+}
+
+template <class Pixel, class Weight>
+static void embed_patches(const PatchEmbedForward& f, const GemmPlan& plan, int64_t task,
+                          void* scratch) {
+  using Operand = typename OperandFor<Weight>::type;
+  const GemmTask t = gemm_task(plan, task);
+  Word* a = static_cast<Word*>(scratch);
+  auto* targets = reinterpret_cast<RowTarget<Weight>*>(a + plan.rows_per_task * plan.stride);
+  char* buffers = reinterpret_cast<char*>(targets + plan.rows_per_task);
+  const LineReader<Pixel, Weight> reader(f.grid, f.mean, f.std, buffers);
+  gather_patches(reader, f.grid, static_cast<const Pixel*>(f.images), t.first_row, t.rows, a,
+                 plan.stride);
+  place_tokens(f, t, targets);
+  const Word* packed = static_cast<const Word*>(f.packed);
+  const float* bias = reinterpret_cast<const float*>(packed + bias_offset(plan));
+  multiply_block<Operand>(plan, t, a, packed, RowSink<Weight>{targets, bias, f.embed});
+}
+
+template <class Weight>
+static void embed_patches_of(const PatchEmbedForward& f, const GemmPlan& plan, int64_t task,
+                             void* scratch) {
+  switch (f.image_dtype) {
+    case Dtype::uint8:
+      return embed_patches<uint8_t, Weight>(f, plan, task, scratch);
+    case Dtype::bfloat16:
+      return embed_patches<BFloat16, Weight>(f, plan, task, scratch);
+    case Dtype::float16:
+      return embed_patches<Float16, Weight>(f, plan, task, scratch);
+    default:
+      return embed_patches<float, Weight>(f, plan, task, scratch);
+  }
+}
+
+// -- the kernel table's entries -------------------------------------------------------------------
+
+static GemmPlan patch_embed_plan(const PatchEmbedForward& f, int64_t threads) {
+  switch (f.dtype) {
+    case Dtype::bfloat16:
+      return plan_patch_embed<BFloat16>(f, threads);
+    case Dtype::float16:
+      return plan_patch_embed<Float16>(f, threads);
+    default:
+      return plan_patch_embed<float>(f, threads);
+  }
+}
+
+// Packs panel `task` of `plan.panels`.
+static void patch_embed_pack(const PatchEmbedForward& f, const GemmPlan& plan, int64_t task,
+                             void* scratch) {
+  switch (f.dtype) {
+    case Dtype::bfloat16:
+      return pack_patch_embed<BFloat16>(f, plan, task, scratch);
+    case Dtype::float16:
+      return pack_patch_embed<Float16>(f, plan, task, scratch);
+    default:
+      return pack_patch_embed<float>(f, plan, task, scratch);
+  }
+}
+
+static void patch_embed_forward(const PatchEmbedForward& f, const GemmPlan& plan, int64_t task,
+                                void* scratch) {
+  switch (f.dtype) {
+    case Dtype::bfloat16:
+      return embed_patches_of<BFloat16>(f, plan, task, scratch);
+    case Dtype::float16:
+      return embed_patches_of<Float16>(f, plan, task, scratch);
+    default:
+      return embed_patches_of<float>(f, plan, task, scratch);
+  }
+}
+
+}  // namespace
+}  // namespace patchgen_fast
