@@ -265,7 +265,7 @@ class BuildNative(build_ext):
         objects += compiler.compile(flags)
         target = Path(self.get_ext_fullpath(INFO))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shared = ["-shared"]
+        shared = ["-shared", "-Wl,-s"]
         if sys.platform == "darwin":
             shared = ["-bundle", "-undefined", "dynamic_lookup"]
         ldflags = shlex.split(os.environ.get("LDFLAGS", ""))

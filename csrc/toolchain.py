@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
 import re
 import shlex
@@ -79,7 +80,22 @@ def import_torch_cpp_extension() -> tuple[ModuleType, ModuleType]:
         )
     from torch.utils import cpp_extension
 
+    put_ninja_on_path()
     return torch, cpp_extension
+
+
+def put_ninja_on_path() -> None:
+    """torch asks the PATH for ninja; a virtual environment that is not activated is not on it."""
+    if shutil.which("ninja"):
+        return
+    try:
+        files = importlib.metadata.files("ninja") or []
+    except importlib.metadata.PackageNotFoundError:
+        return  # torch then compiles one file after the other
+    folders = [
+        str(Path(str(file.locate())).resolve().parent) for file in files if file.name == "ninja"
+    ]
+    os.environ["PATH"] = os.pathsep.join([*folders, os.environ.get("PATH", "")])
 
 
 def find_cuda() -> Path:

@@ -11,13 +11,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "add_layer_norm": "patchgen_fast.ops.add_layer_norm",
     "attention": "patchgen_fast.ops.attention",
+    "linear": "patchgen_fast.ops.linear",
+    "patch_embed": "patchgen_fast.ops.patch_embed",
+    "patch_unembed": "patchgen_fast.ops.patch_unembed",
+    "qk_norm_rope": "patchgen_fast.ops.qk_norm_rope",
+    "varlen_attention": "patchgen_fast.ops.varlen_attention",
 }
 
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
+    from .ops.add_layer_norm import add_layer_norm as add_layer_norm
     from .ops.attention import attention as attention
+    from .ops.linear import linear as linear
+    from .ops.patch_embed import patch_embed as patch_embed
+    from .ops.patch_unembed import patch_unembed as patch_unembed
+    from .ops.qk_norm_rope import qk_norm_rope as qk_norm_rope
+    from .ops.varlen_attention import varlen_attention as varlen_attention
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,95 @@
+# `make test` and `make bench` set everything up on a fresh clone; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+PATCHGEN_FAST_BUILD ?= auto
+export PATCHGEN_FAST_BUILD
+
+BIN := $(VENV)/bin
+SOURCES := $(shell git ls-files --cached --others --exclude-standard csrc setup.py 2>/dev/null || find csrc setup.py -type f)
+CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+# One stamp for each way to build, so that switching builds again.
+empty :=
+BUILT := $(VENV)/.built-$(PATCHGEN_FAST_BUILD)$(subst ;,_,$(subst $(empty) ,_,$(PATCHGEN_FAST_CUDA_ARCHS)))
+
+.PHONY: help test bench build environment lint format wheel install-check clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=python3.12   the interpreter (3.10 to 3.13); its torch is kept if it is 2.10 or later"
+	@echo "  ARGS=\"...\"          passed to pytest by test, to patchgen-fast bench by bench"
+	@echo "  PATCHGEN_FAST_BUILD=auto|none|cpu|cuda, PATCHGEN_FAST_CUDA_ARCHS=\"80;90a\"   see setup.py"
+
+# Setting up -------------------------------------------------------------------------------------
+
+environment: $(VENV)/.requirements ## .venv with the pinned requirements
+
+$(VENV)/.requirements: requirements/dev.txt requirements/prepare.py
+	TARGET=$(or $(firstword $(MAKECMDGOALS)),test) $(PYTHON) requirements/prepare.py $(VENV) $<
+	@touch $@
+
+# The package itself, as a link to this folder; its native part comes next, in place.
+$(VENV)/.package: $(VENV)/.requirements pyproject.toml
+	PATCHGEN_FAST_BUILD=none $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --no-build-isolation --no-deps --editable .
+	@rm -f $(VENV)/.built-*
+	@touch $@
+
+build: $(BUILT) ## the native part, in place
+
+$(BUILT): $(VENV)/.package $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@rm -f $(VENV)/.built-*
+	@touch $@
+
+# Running ----------------------------------------------------------------------------------------
+
+# Kernels in Triton's interpreter and kernels compiled ahead of time need processes of their own: the
+# interpreter is switched on when a kernel is decorated.
+PYTEST := $(BIN)/python -m pytest $(ARGS)
+APART := tests/triton_interpreter tests/triton_aot tests/cuda_host
+# With ARGS, a part may be left with no test (status 5).
+run_part = $(if $(wildcard $(1)),$(2) $(PYTEST) $(1) $(3)$(if $(ARGS), || [ $$? -eq 5 ]),@true)
+
+test: build ## all tests
+	OMP_NUM_THREADS=1 $(PYTEST) tests $(APART:%=--ignore=%) -n $(JOBS) --dist loadfile$(if $(ARGS), || [ $$? -eq 5 ])
+	$(call run_part,tests/triton_interpreter,TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1,-n $(JOBS))
+	$(call run_part,tests/triton_aot,,-n $(JOBS))
+	$(call run_part,tests/cuda_host,,-n $(JOBS))
+
+bench: build ## the fast layers against eager PyTorch, parity and speed
+	$(BIN)/patchgen-fast bench $(ARGS)
+
+# Keeping house ----------------------------------------------------------------------------------
+
+# As modules, not scripts: a kept environment's packages come without their scripts.
+CLANG_FORMAT := $(BIN)/python -c 'from clang_format import clang_format; clang_format()'
+
+lint: environment ## ruff, clang-format, mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/python -m mypy
+
+format: environment ## rewrite all sources as lint wants them
+	$(BIN)/python -m ruff check --fix-only --quiet .
+	$(BIN)/python -m ruff format .
+	$(CLANG_FORMAT) -i $(CXX_SOURCES)
+
+wheel: environment ## dist/*.whl
+	rm -rf build/lib* build/bdist*
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	    --wheel-dir dist .
+	@ls -l dist/*.whl
+
+install-check: environment ## the wheel in dist, installed elsewhere and used
+	.ci/install-check $(VENV)
+
+clean: ## what was built; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache $(VENV)/.built-*
+	rm -f patchgen_fast/*.so patchgen_fast/build_record.json
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
