@@ -17,6 +17,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "patchgen_fast.info:command",
         "Versions, native kernels and why not, instruction sets, caches, backends by op, GPU.",
     ),
+    "bench": (
+        "patchgen_fast.bench.command:bench",
+        "Parity and speed of the fast layers against eager PyTorch and other peers.",
+    ),
+    "compare": (
+        "patchgen_fast.bench.command:compare",
+        "Two results of bench: has anything become slower?",
+    ),
 }
 
 

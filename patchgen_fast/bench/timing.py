@@ -1,0 +1,226 @@
+"""Timing core for the CPU: interleaved rounds in balanced order, disturbed rounds thrown away.
+
+One round times every contender once. Rounds, not contenders, are repeated, so that a change of
+clock frequency or a noisy neighbour falls on all contenders alike, and the ratio within a round
+survives it. A short sentinel loop of known work runs before and after each round; a round whose
+sentinel was slow, or in which a sample waited for the processor, is discarded as a whole.
+
+Nothing here imports torch. The clock and the sentinel are arguments, so the tests drive them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+
+class Clock(Protocol):
+    """Nanosecond clocks: elapsed time, and processor time of the whole process."""
+
+    def wall(self) -> int: ...
+
+    def cpu(self) -> int: ...
+
+
+class SystemClock:
+    """The machine's clocks."""
+
+    wall = staticmethod(time.perf_counter_ns)
+    cpu = staticmethod(time.process_time_ns)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure one case, and what counts as disturbed."""
+
+    budget_s: float = 4.0  # of timed rounds, for all contenders of a case together
+    min_rounds: int = 10
+    max_rounds: int = 60
+    warmup_s: float = 0.15  # per contender
+    sample_s: float = 0.002  # calls shorter than this are repeated within a sample
+    overrun: float = 3.0  # no more replacements for disturbed rounds after this many budgets
+    sentinel_slack: float = 1.08  # a sentinel this much above its quiet time marks a disturbance
+    waiting_slack: float = 0.03  # share of a sample not spent on the processor, one thread only
+
+    def scaled(self, factor: float) -> Plan:
+        """The same plan with another time budget."""
+        return Plan(
+            budget_s=self.budget_s * factor,
+            min_rounds=self.min_rounds,
+            max_rounds=self.max_rounds,
+            warmup_s=self.warmup_s * min(factor, 1.0),
+            sample_s=self.sample_s,
+            overrun=self.overrun,
+            sentinel_slack=self.sentinel_slack,
+            waiting_slack=self.waiting_slack,
+        )
+
+
+FULL = Plan()
+QUICK = Plan(budget_s=0.9, min_rounds=5, max_rounds=25, warmup_s=0.05)
+
+
+@dataclass
+class Samples:
+    """Kept samples of one case: seconds per call, one list per contender, paired by position."""
+
+    seconds: dict[str, list[float]]
+    first_call_s: dict[str, float]
+    calls_per_sample: dict[str, int]
+    discarded: int = 0
+    undisturbed: bool = True
+    sentinel_s: list[float] = field(default_factory=list)
+
+    @property
+    def rounds(self) -> int:
+        return len(next(iter(self.seconds.values()), []))
+
+
+def balanced_orders(names: Sequence[str]) -> Iterator[list[str]]:
+    """Endless orders in which every contender follows every other equally often.
+
+    Plain rotation would keep each contender behind the same one, and with it that one's effect on
+    caches and allocator. Source: Williams (1949), squares balanced for first residual effects.
+    """
+    n = len(names)
+    zigzag = [0]
+    for step in range(1, n):
+        zigzag.append((step + 1) // 2 if step % 2 else n - step // 2)
+    while True:
+        for shift in range(n):
+            yield [names[(i + shift) % n] for i in zigzag]
+        if n % 2:  # an odd number of contenders needs the mirrored square as well
+            for shift in range(n):
+                yield [names[(i + shift) % n] for i in reversed(zigzag)]
+
+
+def repeats_for(seconds_per_call: float, plan: Plan) -> int:
+    """Calls per sample so that a sample lasts about `plan.sample_s`."""
+    if seconds_per_call <= 0.0:
+        return 1000
+    return max(1, min(100_000, round(plan.sample_s / seconds_per_call)))
+
+
+def measure(
+    contenders: Mapping[str, Callable[[], object]],
+    plan: Plan,
+    *,
+    clock: Clock | None = None,
+    sentinel: Callable[[], object] | None = None,
+    single_thread: bool = True,
+    on_round: Callable[[int, int], None] | None = None,
+) -> Samples:
+    """Time the contenders against each other.
+
+    contenders: name -> a function of no arguments; its result is dropped.
+    sentinel: a short loop of constant work; None trusts the clocks alone.
+    single_thread: compare elapsed with processor time (one thread only: with more, a thread
+        that waits for its team waits rightly).
+    on_round: called with (kept rounds, discarded rounds).
+    """
+    if not contenders:
+        raise ValueError("measure: expected at least one contender, got none")
+    clock = clock or SystemClock()
+    first, repeats = _warm_up(contenders, plan, clock)
+    samples = Samples({name: [] for name in contenders}, first, repeats)
+    kept: list[tuple[dict[str, float], float]] = []  # (seconds per call, sentinel seconds)
+    dropped: list[tuple[dict[str, float], float]] = []
+    quiet = _QuietTime()
+    if sentinel:
+        for _ in range(5):
+            quiet.add(_timed(sentinel, clock))
+    started = clock.wall()
+    for order in balanced_orders(list(contenders)):
+        before = _timed(sentinel, clock) if sentinel else 0.0
+        row, waited = _round(order, contenders, repeats, plan, clock)
+        after = _timed(sentinel, clock) if sentinel else 0.0
+        quiet.add(before)
+        quiet.add(after)
+        slowest = max(before, after)
+        if waited > plan.waiting_slack and single_thread:
+            dropped.append((row, slowest))
+        else:
+            kept.append((row, slowest))
+        good = [entry for entry in kept if not quiet.exceeded(entry[1], plan.sentinel_slack)]
+        bad = len(kept) + len(dropped) - len(good)
+        if on_round:
+            on_round(len(good), bad)
+        elapsed = (clock.wall() - started) * 1e-9
+        enough = len(good) >= plan.min_rounds and elapsed >= plan.budget_s
+        tired = len(good) + bad >= plan.min_rounds and elapsed >= plan.budget_s * plan.overrun
+        if enough or tired or len(good) >= plan.max_rounds:
+            break
+    samples.discarded = len(kept) + len(dropped) - len(good)
+    if len(good) < min(3, plan.min_rounds):
+        # The machine was never quiet: keep everything, and let the result say so.
+        good, samples.undisturbed = kept + dropped, False
+    for row, slowest in good:
+        samples.sentinel_s.append(slowest)
+        for name, seconds in row.items():
+            samples.seconds[name].append(seconds)
+    return samples
+
+
+class _QuietTime:
+    """The sentinel's undisturbed time: the lower quartile of all its runs in this case."""
+
+    def __init__(self) -> None:
+        self.runs: list[float] = []
+
+    def add(self, seconds: float) -> None:
+        self.runs.append(seconds)
+
+    def exceeded(self, seconds: float, slack: float) -> bool:
+        return seconds > slack * float(np.quantile(self.runs, 0.25))
+
+
+def _timed(call: Callable[[], object], clock: Clock) -> float:
+    start = clock.wall()
+    call()
+    return (clock.wall() - start) * 1e-9
+
+
+def _warm_up(
+    contenders: Mapping[str, Callable[[], object]], plan: Plan, clock: Clock
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Call each contender until it is warm; its first call and its calls per sample."""
+    first: dict[str, float] = {}
+    repeats: dict[str, int] = {}
+    for name, call in contenders.items():
+        first[name] = _timed(call, clock)
+        fastest = first[name]
+        start, calls = clock.wall(), 0
+        while calls < 2 or (clock.wall() - start) * 1e-9 < plan.warmup_s:
+            fastest = min(fastest, _timed(call, clock))
+            calls += 1
+            if fastest > plan.warmup_s:
+                break
+        repeats[name] = repeats_for(fastest, plan)
+    return first, repeats
+
+
+def _round(
+    order: Sequence[str],
+    contenders: Mapping[str, Callable[[], object]],
+    repeats: Mapping[str, int],
+    plan: Plan,
+    clock: Clock,
+) -> tuple[dict[str, float], float]:
+    """One sample of each contender; and the largest share of a sample spent off the processor."""
+    row: dict[str, float] = {}
+    waited = 0.0
+    for name in order:
+        call, count = contenders[name], repeats[name]
+        if count > 1:
+            call()  # evict the previous contender's data; a longer call evicts it for itself
+        cpu, start = clock.cpu(), clock.wall()
+        for _ in range(count):
+            call()
+        wall = clock.wall() - start
+        waited = max(waited, 1.0 - (clock.cpu() - cpu) / wall if wall > 0 else 0.0)
+        row[name] = wall * 1e-9 / count
+    return row, waited

@@ -1,0 +1,169 @@
+"""The catalogue, its filters, the least work of a case, and the shapes that each problem takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from patchgen_fast.bench import cases, data, limits, parity, problems
+from patchgen_fast.bench.problems.base import Absent, Refused, evaluate, gradients_of
+from patchgen_fast.bench.schema import Calibration, Cost
+
+CATALOGUE = cases.catalogue()
+
+
+def test_ids_are_unique():
+    ids = [case.id for case in CATALOGUE]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_quick_suite_covers_every_level_and_the_baselines():
+    quick = cases.select("quick")
+    assert {case.level for case in quick} == {"op", "layer", "block", "model"}
+    ids = {case.id for case in quick}
+    for op, name in (("attention", "vit_b"), ("patch_embed", "vit_b16")):
+        for dtype in ("float32", "bfloat16"):
+            assert f"{op}/{name}/{dtype}/forward/cpu-one" in ids
+    assert {case.device for case in quick} == {"cpu"}
+
+
+def test_every_quick_entry_names_a_case():
+    named = {(case.op, case.name) for case in CATALOGUE}
+    assert set(cases.QUICK) <= named
+
+
+def test_suites_and_filters():
+    assert {case.level for case in cases.select("ops")} == {"op"}
+    assert {case.level for case in cases.select("layers")} == {"layer", "block"}
+    assert {case.level for case in cases.select("models")} == {"model"}
+    assert {case.device for case in cases.select("gpu")} == {"cuda"}
+    assert {case.device for case in cases.select("cpu")} == {"cpu"}
+    some = cases.select("ops", ops=["attention"], dtypes=["bfloat16"], phases=["both"])
+    assert {(c.op, c.dtype, c.phase) for c in some} == {("attention", "bfloat16", "both")}
+    assert {case.threads for case in cases.select("ops", threads="all")} == {"all"}
+    twice = cases.select("quick", ops=["attention"], backends=["reference", "cpu"])
+    assert {case.backend for case in twice} == {"reference", "cpu"}
+    assert len({case.id for case in twice}) == len(twice)
+
+
+@pytest.mark.parametrize(
+    "suite, filters, said",
+    [
+        ("fast", {}, "unknown suite 'fast'; expected one of cpu, gpu"),
+        ("cpu", {"ops": ["conv"]}, "unknown op 'conv'"),
+        ("cpu", {"names": ["vit_z"]}, "unknown case 'vit_z'"),
+        ("cpu", {"dtypes": ["float8"]}, "unknown dtype"),
+        ("cpu", {"phases": ["sideways"]}, "unknown phase"),
+        ("cpu", {"devices": ["tpu"]}, "unknown device"),
+        ("cpu", {"backends": ["fpga"]}, "unknown backend"),
+        ("quick", {"ops": ["linear"]}, "no case of suite 'quick' passes"),
+    ],
+)
+def test_what_is_unknown_is_named(suite, filters, said):
+    with pytest.raises(cases.UsageError, match=said):
+        cases.select(suite, **filters)
+
+
+SMALL = {
+    "B": 2,
+    "H": 2,
+    "N": 12,
+    "Nq": 5,
+    "Nk": 7,
+    "D": 16,
+    "C": 3,
+    "S": 16,
+    "P": 4,
+    "E": 24,
+    "K": 16,
+    "M": 24,
+    "T": 20,
+}
+
+
+def small(case: cases.Case) -> cases.Case:
+    """The same kind of case at sizes that take no time."""
+    options = dict(case.options)
+    if case.op == "varlen_attention":
+        options["lengths"] = [1, 7, 12]
+    dims = {name: SMALL.get(name, size) for name, size in case.dims.items()}
+    if case.dims.get("Nq") == 1:
+        dims["Nq"] = 1
+    if case.dims.get("C") == 4:
+        dims["C"] = 4
+    return replace(case, dims=dims, options=options, threads=cases.ONE)
+
+
+OPS = {
+    (case.op, case.name, case.phase): small(case)
+    for case in CATALOGUE
+    if case.level == "op" and case.device == "cpu" and case.dtype == "float32"
+}
+
+
+@pytest.mark.parametrize("key", OPS, ids="-".join)
+def test_every_contender_of_an_op_agrees_with_the_truth(key):
+    case = OPS[key]
+    problem = problems.build(case)
+    exact = problem.truth()
+    grads = [] if case.phase == "forward" else gradients_of(exact.outputs(), case)
+    truth = evaluate(exact, case.phase, grads)
+    assert all(tensor.dtype == torch.float64 for tensor in truth.values())
+    roles, eager = [], {}
+    for contender in problem.contenders:
+        if contender.slow_start or (contender.forward_only and case.phase != "forward"):
+            continue
+        try:
+            values = evaluate(contender.make(), case.phase, grads)
+        except (Absent, Refused):
+            assert contender.role == "peer"
+            continue
+        roles.append(contender.role)
+        eager = eager or values
+        wrong = [row.reason for row in parity.check(values, eager, truth) if not row.ok]
+        assert not wrong, f"{contender.name}: {wrong}"
+    assert roles[0] == "eager" and "ours" in roles
+    if case.phase == "both":
+        assert any(name.startswith("grad ") for name in truth)
+
+
+def test_attention_cost_is_that_of_the_formula():
+    cost = limits.attention_cost(8, 12, 197, 197, 64, "float32", "forward")
+    assert cost.flops == 4 * 8 * 12 * 197 * 197 * 64
+    assert cost.bytes == 4 * (8 * 12 * 197 * 64) * 4
+    both = limits.attention_cost(8, 12, 197, 197, 64, "float32", "both")
+    assert both.flops == pytest.approx(3.5 * cost.flops)
+
+
+def test_memory_binds_where_it_is_slower_and_by_the_level_that_holds_the_data():
+    peaks = Calibration(
+        device="cpu",
+        threads=1,
+        source="test",
+        fp32_flops=1e9,
+        bf16_flops=2e9,
+        bandwidth={"L2": 1e9, "L3": 1e8, "DRAM": 1e7},
+        cache_bytes={"L2": 1000, "L3": 10_000},
+    )
+    small_one = limits.bind(Cost(flops=1e6, bytes=500.0), "float32", peaks)
+    assert small_one.limit == "products" and small_one.floors["memory (L2)"] == 500 / 1e9
+    middle = limits.bind(Cost(flops=1.0, bytes=5_000.0), "float32", peaks)
+    assert middle.limit == "memory (L3)"
+    large = limits.bind(Cost(flops=1.0, bytes=50_000.0), "bfloat16", peaks)
+    assert large.limit == "memory (DRAM)" and large.peak_flops == 2e9
+    assert limits.bind(Cost(flops=1.0, bytes=1.0), "float32", None).limit == ""
+
+
+def test_real_images():
+    pytest.importorskip("sklearn")
+    pictures = data.photographs(4, 32, seed=3)
+    assert pictures.shape == (4, 3, 32, 32) and pictures.dtype == torch.uint8
+    assert torch.equal(pictures, data.photographs(4, 32, seed=3))
+    assert pictures.float().std() > 10
+    with pytest.raises(ValueError, match="expected size at most"):
+        data.photographs(1, 4096)
+    scans = data.digits(5)
+    assert scans.shape == (5, 1, 8, 8) and 0 <= scans.min() < scans.max() <= 1
+    assert data.digits(2, 16, channels=3).shape == (2, 3, 16, 16)
