@@ -40,7 +40,16 @@ class Refusal(NamedTuple):
 
 
 class BackendRefused(ValueError):
-    """The backend that was asked for by name can't run this call."""
+    """The backend that was asked for by name can't run this call: ``refusal`` is the first reason
+    (None where no backend at all accepts).
+    """
+
+    def __init__(
+        self, message: str, backend: str | None = None, refusal: Refusal | None = None
+    ) -> None:
+        super().__init__(message)
+        self.backend = backend
+        self.refusal = refusal
 
 
 def order(op: Op, args: Any) -> tuple[str, ...]:
@@ -66,7 +75,9 @@ def choose(op: Op, args: Any, backend: str | None = None) -> str:
     if refusal is not None:
         raise BackendRefused(
             f"{op.name}: backend {backend!r} can't run this call: {refusal.reason}. "
-            f"Pass backend=None for the fastest that can.\n{explain(op, args)}"
+            f"Pass backend=None for the fastest that can.\n{explain(op, args)}",
+            backend,
+            refusal,
         )
     return backend
 
