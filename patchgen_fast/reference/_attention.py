@@ -94,11 +94,17 @@ def attention(
 
 
 def _log_sum_exp(scores: Tensor, seen: Tensor | None) -> Tensor:
-    if seen is None:
+    blind = None
+    if seen is not None:
+        blind = ~seen.any(-1, keepdim=True)
+        scores = scores.masked_fill(blind, 0.0)
+    if scores.shape[-1] == 0:
         return torch.logsumexp(scores, dim=-1)
-    blind = ~seen.any(-1, keepdim=True)
-    lse = torch.logsumexp(scores.masked_fill(blind, 0.0), dim=-1)
-    return lse.masked_fill(blind.squeeze(-1), -torch.inf)
+    # Not torch.logsumexp: its gradient is exp(scores - lse), and under a mask of finfo.min lse has
+    # no digits left for the logarithm of the number of keys.
+    highest = scores.detach().amax(-1, keepdim=True)
+    lse = ((scores - highest).exp().sum(-1, keepdim=True).log() + highest).squeeze(-1)
+    return lse if blind is None else lse.masked_fill(blind.squeeze(-1), -torch.inf)
 
 
 def attention_lse(
@@ -132,10 +138,11 @@ def attention_backward(
     scale: float,
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and mask from the saved output and log-sum-exp.
+    """Gradients of query, key, value and mask.
 
-    With P the weights, ``dS = P * (grad_out @ V.T - sum(grad_out * out) + grad_lse)``
-    (FlashAttention-2, Dao 2023, section 3.1; the last term is that of a differentiable lse).
+    With P the weights and ``dP = grad_out @ V.T``, ``dS = P * (dP - delta + grad_lse)``, where
+    delta is a row's ``sum(P * dP)``. Kernels take the equal ``sum(grad_out * out)`` for it
+    (FlashAttention-2, Dao 2023, section 3.1), which costs no pass over the keys, and some digits.
     """
     work = arithmetic_dtype(query.dtype)
     heads, kv_heads = query.shape[1], key.shape[1]
@@ -148,11 +155,14 @@ def attention_backward(
     seen = attendable(query, key, attn_mask, kv_lengths, query_offset, is_causal)
     scores = _attention_scores(q, k, attn_mask, seen, scale)
     blind = lse == -torch.inf
-    weights = torch.exp(scores - lse.masked_fill(blind, torch.inf).unsqueeze(-1))
-    delta = (grad * out.to(work)).sum(-1)
+    # Not exp(scores - lse): under a mask of finfo.min, lse has no digits left for the logarithm of
+    # the number of keys.
+    weights = torch.softmax(scores, dim=-1).masked_fill(blind.unsqueeze(-1), 0.0)
+    grad_weights = grad @ v.mT
+    delta = (weights * grad_weights).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse.masked_fill(blind, 0.0).to(work)
-    grad_scores = weights * (grad @ v.mT - delta.unsqueeze(-1))
+    grad_scores = weights * (grad_weights - delta.unsqueeze(-1))
     grad_query = grad_scores @ k * scale
     grad_key = grad_scores.mT @ q * scale
     grad_value = weights.mT @ grad
