@@ -1,0 +1,33 @@
+"""The backends as one fixture: every test of an op runs for all of them.
+
+A backend that can't run here skips with its reason, unless ``PATCHGEN_FAST_TEST_REQUIRE`` names it:
+see ``oracle.skip_backend``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import Target, skip_backend
+
+TARGETS = [Target("reference", "cpu"), Target("torch", "cpu"), Target("cpu", "cpu")]
+TARGETS += [Target("triton", "cuda"), Target("cuda", "cuda")]
+if torch.cuda.is_available():
+    TARGETS += [Target("reference", "cuda"), Target("torch", "cuda")]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "representative: the part of an op's tests that each instruction set runs"
+    )
+    # Workers with two spinning threads each on two cores wait more than they work; tests of
+    # threading set their own number.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=TARGETS, ids=str)
+def target(request: pytest.FixtureRequest) -> Target:
+    """A backend and its device; skipped where there is no such device."""
+    if request.param.device == "cuda" and not torch.cuda.is_available():
+        skip_backend(request.param.backend, "no CUDA device")
+    return request.param
