@@ -185,6 +185,9 @@ class BuildNative(build_ext):
         if not sources:
             raise BuildFailure("csrc holds no operators", "this is not a complete source tree")
         defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *self._isa_macros()]
+        # Error messages name source files: relative, not where they lay on the building machine.
+        folders = [str(ROOT), *cpp_extension.include_paths()]
+        relative = [f"-ffile-prefix-map={path}=." for path in folders]
         include_dirs = [str(CSRC)]
         # system headers: their warnings are not ours
         system = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
@@ -201,7 +204,9 @@ class BuildNative(build_ext):
             include_dirs.append(str(cuda / "include"))
             threads = max(1, (os.cpu_count() or 1) // max(1, len(cuda_files)))
             nvcc_flags = ["-std=c++20", "-O3", "-lineinfo", f"--threads={threads}", *gencode]
-            nvcc_flags += ["-Xcompiler", "-fvisibility=hidden", *defines, *system]
+            for flag in ("-fvisibility=hidden", *relative):
+                nvcc_flags += ["-Xcompiler", flag]
+            nvcc_flags += [*defines, *system]
             static = [cuda / lib / "libcudart_static.a" for lib in ("lib64", "lib")]
             found = [str(path) for path in static if path.exists()]
             if not found:
@@ -218,7 +223,7 @@ class BuildNative(build_ext):
             [str(path) for path in sources],
             include_dirs=include_dirs,
             library_dirs=cpp_extension.library_paths(),
-            extra_compile_args={"cxx": [*CXX_FLAGS, "-g0", *defines, *system], "nvcc": nvcc_flags},
+            extra_compile_args={"cxx": [*CXX_FLAGS, "-g0", *relative, *defines, *system], "nvcc": nvcc_flags},
             extra_link_args=link,
             extra_objects=[str(path) for path in isa_objects],
             language="c++",

@@ -54,8 +54,11 @@ def create(folder, torch):
 
 LIST_INSTALLED = """
 import importlib.metadata, json
-print(json.dumps({d.metadata["Name"].lower().replace("_", "-"): d.version
-                  for d in importlib.metadata.distributions() if d.metadata["Name"]}))
+found = {}
+for distribution in importlib.metadata.distributions():
+    if name := distribution.metadata["Name"]:
+        found.setdefault(name.lower().replace("_", "-"), distribution.version)  # the first counts
+print(json.dumps(found))
 """
 PARSE = """
 import json, sys
@@ -91,8 +94,8 @@ def install(python, requirements):
             short = ".".join(map(str, numbers(torch)))
             wanted["triton"] = TRITON_OF_TORCH.get(short, wanted["triton"])
     else:
-        target = os.environ.get("TARGET", "test")
-        print(DOWNLOAD.format(version=wanted["torch"], python=sys.executable, target=target), flush=True)
+        facts = {"python": sys.executable, "target": os.environ.get("TARGET", "test")}
+        print(DOWNLOAD.format(version=wanted["torch"], **facts), flush=True)
     missing = {name: version for name, version in wanted.items() if installed.get(name) != version}
     if not missing:
         return
