@@ -223,7 +223,10 @@ class BuildNative(build_ext):
             [str(path) for path in sources],
             include_dirs=include_dirs,
             library_dirs=cpp_extension.library_paths(),
-            extra_compile_args={"cxx": [*CXX_FLAGS, "-g0", *relative, *defines, *system], "nvcc": nvcc_flags},
+            extra_compile_args={
+                "cxx": [*CXX_FLAGS, "-g0", *relative, *defines, *system],
+                "nvcc": nvcc_flags,
+            },
             extra_link_args=link,
             extra_objects=[str(path) for path in isa_objects],
             language="c++",

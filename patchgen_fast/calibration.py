@@ -94,7 +94,9 @@ def calibrate(
         failure = _native.build_failure("info")
         raise RuntimeError(f"no calibration: {failure.reason}. Remedy: {failure.remedy}")
     counts = threads or tuple(sorted({1, available_cpus()}))
-    planned = [(1, "clock", "Hz", partial(module.measure_clock, samples))]
+    planned: list[tuple[int, str, str, Callable[[], dict[str, Any]]]] = [
+        (1, "clock", "Hz", partial(module.measure_clock, samples))
+    ]
     for count in counts:
         planned += [(count, *row) for row in measurements(module, count, samples)]
     peaks = []

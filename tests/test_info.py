@@ -127,22 +127,26 @@ def test_every_override_is_obeyed_or_refused(name):
     "name", [row["name"] for row in native.instruction_sets() if row["supported"]] if native else []
 )
 def test_arithmetic_is_what_a_cpu_can_do(name):
-    """Between one vector multiply-add in two cycles and two a cycle (bf16: each of two pairs): less
-    means a poor loop, more that the compiler dropped some of the work.
+    """At most two vector multiply-adds a cycle (bf16: each of two pairs), else the compiler dropped
+    some of the work; and not far below one in two cycles, else the loop is poor. A sample that
+    another process disturbed says nothing.
     """
     code = (
-        "from patchgen_fast import _native_info as n\n"
-        "print(n.measure_clock()['best'], n.measure_arithmetic('fp32')['best'],"
-        " n.measure_arithmetic('bf16')['best'])"
+        "import json\nfrom patchgen_fast import _native_info as n\n"
+        "print(json.dumps([n.measure_clock(), n.measure_arithmetic('fp32'),"
+        " n.measure_arithmetic('bf16')]))"
     )
     done = run_python(code, PATCHGEN_FAST_CPU_ISA=name)
     assert done.returncode == 0, done.stderr
-    clock, fp32, bf16 = map(float, done.stdout.split())
+    clock, fp32, bf16 = json.loads(done.stdout)
+    assert 0.1e9 < clock["best"] < 10e9
+    if clock["disturbed"]:
+        pytest.skip("another process kept every sample of the clock from running through")
     lanes = {"baseline": 4, "avx2": 8}.get(name, 16)
-    assert 0.5e9 < clock < 10e9
-    # the clock may be measured a little lower than the rest, or change in between
-    assert 0.5 * 2 * lanes < fp32 / clock < 1.3 * 4 * lanes
-    assert 0.5 * 2 * lanes < bf16 / clock < 1.3 * (8 if name == "avx512_bf16" else 4) * lanes
+    peak = 4 * lanes * clock["best"]
+    for measured, most in ((fp32, peak), (bf16, 2 * peak if name == "avx512_bf16" else peak)):
+        assert measured["best"] < 1.3 * most
+        assert measured["disturbed"] or measured["best"] > 0.2 * most
 
 
 @needs_native
