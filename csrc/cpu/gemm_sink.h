@@ -9,58 +9,82 @@ namespace {
 template <class Out>
 struct RowTarget {
   Out* out;
-  const Out* addend;  // null: nothing is added
+  const Out* addend;
 };
 
-// out = acc + bias + addend, row by row, rounded once.
+// out = acc + bias, or acc + bias + addend, row by row, rounded once.
 template <class Out>
 struct RowSink {
   const RowTarget<Out>* rows;  // of this block of A
   const float* bias;           // padded to whole panels
   int64_t columns;
+  bool adds;  // the rows' addends
+
+  // Fetches the lines that the tile will be written to, while it is being computed.
+  template <int Rows, int Vecs>
+  PATCHGEN_FAST_INLINE_MEMBER void expect(int64_t row, int64_t column) const {
+    const RowTarget<Out>* targets = rows + row;
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const char* line = reinterpret_cast<const char*>(targets[r].out + column);
+#pragma GCC unroll 4
+      for (int64_t byte = 0; byte < Vecs * kLanes * static_cast<int64_t>(sizeof(Out)); byte += 64) {
+        __builtin_prefetch(line + byte, 1);
+      }
+    }
+  }
 
   template <int Rows, int Vecs>
   PATCHGEN_FAST_INLINE_MEMBER void put(const Vec (&acc)[Rows][Vecs], int64_t row,
                                        int64_t column) const {
     const int64_t left = columns - column;
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
-      const RowTarget<Out> target = rows[row + r];
-      if (left >= Vecs * kLanes) {
-        put_row<Vecs>(acc[r], target, column);
-      } else {
-        put_row_partial<Vecs>(acc[r], target, column, left);
+    if (left < Vecs * kLanes) {
+      Vec copy[Rows * Vecs];  // a pointer to the accumulators would force them out of registers
+#pragma GCC unroll 24
+      for (int i = 0; i < Rows * Vecs; ++i) {
+        copy[i] = acc[i / Vecs][i % Vecs];
       }
+      put_partly(copy, Rows, Vecs, row, column);
+    } else if (adds) {
+      put_whole<true>(acc, row, column);
+    } else {
+      put_whole<false>(acc, row, column);
     }
   }
 
  private:
-  template <int Vecs>
-  PATCHGEN_FAST_INLINE_MEMBER void put_row(const Vec (&acc)[Vecs], RowTarget<Out> target,
-                                           int64_t column) const {
+  template <bool Adds, int Rows, int Vecs>
+  PATCHGEN_FAST_INLINE_MEMBER void put_whole(const Vec (&acc)[Rows][Vecs], int64_t row,
+                                             int64_t column) const {
+    const RowTarget<Out>* targets = rows + row;
+    const float* bias_here = bias + column;
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const RowTarget<Out> target = targets[r];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vecs; ++v) {
-      const int64_t at = column + v * kLanes;
-      Vec x = acc[v] + load(bias + at);
-      if (target.addend != nullptr) {
-        x += load(target.addend + at);
+      for (int v = 0; v < Vecs; ++v) {
+        Vec x = acc[r][v] + load(bias_here + v * kLanes);
+        if constexpr (Adds) {
+          x += load(target.addend + column + v * kLanes);
+        }
+        store(target.out + column + v * kLanes, x);
       }
-      store(target.out + at, x);
     }
   }
 
-  template <int Vecs>
-  PATCHGEN_FAST_INLINE_MEMBER void put_row_partial(const Vec (&acc)[Vecs], RowTarget<Out> target,
-                                                   int64_t column, int64_t left) const {
-#pragma GCC unroll 4
-    for (int v = 0; v < Vecs; ++v) {
-      const int64_t at = column + v * kLanes;
-      const int64_t count = left - v * kLanes;
-      Vec x = acc[v] + load(bias + at);
-      if (target.addend != nullptr) {
-        x += load_up_to(target.addend + at, count);
+  // The last panel, where it is not full: rare, hence out of line and through memory.
+  __attribute__((noinline)) void put_partly(const Vec* acc, int tile_rows, int vecs, int64_t row,
+                                            int64_t column) const {
+    for (int r = 0; r < tile_rows; ++r) {
+      for (int v = 0; v < vecs; ++v) {
+        const int64_t at = column + v * kLanes;
+        const int64_t count = columns - at;
+        Vec x = acc[r * vecs + v] + load(bias + at);
+        if (adds) {
+          x += load_up_to(rows[row + r].addend + at, count);
+        }
+        store_up_to(rows[row + r].out + at, x, count);
       }
-      store_up_to(target.out + at, x, count);
     }
   }
 };

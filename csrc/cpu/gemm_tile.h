@@ -85,6 +85,7 @@ PATCHGEN_FAST_INLINE void accumulate(Vec (&acc)[Rows][Vecs], const Word* a, int6
 template <class Operand, int Rows, int Vecs, class Sink>
 PATCHGEN_FAST_INLINE void gemm_tile(const Word* a, int64_t stride, const Word* panel,
                                     int64_t groups, const Sink& sink, int64_t row, int64_t column) {
+  sink.template expect<Rows, Vecs>(row, column);
   Vec acc[Rows][Vecs] = {};
   if (groups <= Operand::kRun) {
     accumulate<Operand>(acc, a, stride, panel, groups);
@@ -93,16 +94,17 @@ PATCHGEN_FAST_INLINE void gemm_tile(const Word* a, int64_t stride, const Word* p
     for (int64_t first = 0; first < groups; first += Operand::kRun) {
       const int64_t run = groups - first < Operand::kRun ? groups - first : Operand::kRun;
       accumulate<Operand>(acc, a + first, stride, panel + first * Vecs * kLanes, run);
+      const bool last = first + run == groups;
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
         for (int v = 0; v < Vecs; ++v) {
-          total[r][v] += acc[r][v];
-          acc[r][v] = Vec{};
+          const Vec sum = total[r][v] + acc[r][v];
+          total[r][v] = sum;
+          acc[r][v] = last ? sum : Vec{};
         }
       }
     }
-    __builtin_memcpy(acc, total, sizeof(acc));
   }
   sink.put(acc, row, column);
 }

@@ -202,19 +202,34 @@ PATCHGEN_FAST_INLINE int64_t pixel_offset(const PatchGrid& g, const PatchPositio
          at.w * g.patch_w * g.stride_w;
 }
 
-// `count` patches side by side, the first with its corner at `corner`, into rows from `to` on.
+// Asks for `bytes` from `from` on, which may lie outside the image: prefetching never faults.
+PATCHGEN_FAST_INLINE void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(from) + i);
+  }
+}
+
+// `count` patches side by side, the first with its corner at `corner`, into rows from `to` on;
+// `next` is the corner of the patches that follow. Images come from L3 or DRAM in short lines,
+// which the hardware's prefetchers see too late: each line asks for the one a channel (or a
+// segment) later.
 template <class Pixel, class Weight>
 static void gather_side_by_side(const LineReader<Pixel, Weight>& reader, const PatchGrid& g,
-                                const Pixel* corner, int64_t count, char* to, int64_t stride) {
+                                const Pixel* corner, const Pixel* next, int64_t count, char* to,
+                                int64_t stride) {
   using Element = typename LineReader<Pixel, Weight>::Element;
   const int64_t run = run_length(g);
   const int64_t run_bytes = run * static_cast<int64_t>(sizeof(Element));
+  const int64_t line_bytes = count * run * static_cast<int64_t>(sizeof(Pixel));
   const int64_t channels = g.interleaved() ? 1 : g.channels;
   for (int64_t c = 0; c < channels; ++c) {
+    const Pixel* plane = corner + c * g.stride_c;
+    const Pixel* next_plane = c + 1 < channels ? plane + g.stride_c : next;
     for (int64_t t = 0; t < g.patch_t; ++t) {
       for (int64_t h = 0; h < g.patch_h; ++h) {
-        const Pixel* line = corner + c * g.stride_c + t * g.stride_t + h * g.stride_h;
-        const Element* elements = reader.read(line, c, count * run);
+        const int64_t line = t * g.stride_t + h * g.stride_h;
+        prefetch(next_plane + line, line_bytes);
+        const Element* elements = reader.read(plane + line, c, count * run);
         deal(to, stride, reinterpret_cast<const char*>(elements), count, run_bytes);
         to += run_bytes;
       }
@@ -237,7 +252,9 @@ static void gather_patches(const LineReader<Pixel, Weight>& reader, const PatchG
   for (int64_t row = 0; row < rows;) {
     const PatchPosition at = patch_position(g, first + row);
     const int64_t count = smaller(g.grid_w - at.w, rows - row);
-    gather_side_by_side(reader, g, images + pixel_offset(g, at), count,
+    const int64_t following = smaller(first + row + count, g.batch * g.patches() - 1);
+    gather_side_by_side(reader, g, images + pixel_offset(g, at),
+                        images + pixel_offset(g, patch_position(g, following)), count,
                         reinterpret_cast<char*>(a + row * stride),
                         stride * static_cast<int64_t>(sizeof(Word)));
     row += count;

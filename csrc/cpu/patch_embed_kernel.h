@@ -90,7 +90,8 @@ static void embed_patches(const PatchEmbedForward& f, const GemmPlan& plan, int6
   place_tokens(f, t, targets);
   const Word* packed = static_cast<const Word*>(f.packed);
   const float* bias = reinterpret_cast<const float*>(packed + bias_offset(plan));
-  multiply_block<Operand>(plan, t, a, packed, RowSink<Weight>{targets, bias, f.embed});
+  multiply_block<Operand>(plan, t, a, packed,
+                          RowSink<Weight>{targets, bias, f.embed, f.pos_embed != nullptr});
 }
 
 template <class Weight>
