@@ -195,15 +195,14 @@ def evaluate(
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fill what ``torch.empty`` gives with NaN, so that an element never written is seen."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
@@ -316,3 +315,89 @@ class Problem:
             if name not in leave_out:
                 what = f"gradient of {name}"
                 assert_parity(grad, eager.grads[name], truth.grads[name], what, factor=factor)
+
+
+# ----------------------------------------------------------------------- backwards across backends
+
+
+class _Context:
+    """What torch hands to an op's ``save`` and ``backward``, without torch between them."""
+
+    def __init__(self, backend: str, needs_input_grad: tuple[bool, ...]) -> None:
+        self.backend = backend
+        self.needs_input_grad = needs_input_grad
+        self.saved_tensors: tuple[Any, ...] = ()
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Any) -> None:
+        pass
+
+
+def normalised_arguments(op: str, function: Callable[[], Any]) -> Any:
+    """The arguments that the public function, called inside, hands to the op."""
+    seen: list[Any] = []
+    choose = dispatch.choose
+
+    def recording(chosen: Any, args: Any, backend: str | None = None) -> str:
+        if chosen is OPS[op]:
+            seen.append(args)
+        return choose(chosen, args, backend)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "choose", recording)
+        function()
+    return seen[-1]
+
+
+def explicit_gradients(
+    stated: Problem,
+    public: Callable[..., dict[str, Tensor]],
+    forward: str,
+    backward: str,
+) -> Evaluation:
+    """The gradients that ``backward``'s explicit backward makes of what ``forward``'s saved.
+
+    ``public(**inputs)`` is the public function by the backend "reference".
+    """
+    op = OPS[stated.op]
+    returned = list(stated.truth.results)
+    leaves = {
+        name: x.detach().requires_grad_(name in stated.differentiable)
+        if isinstance(x, Tensor)
+        else x
+        for name, x in stated.inputs.items()
+    }
+    args = normalised_arguments(stated.op, lambda: public(**leaves))
+    inputs = [x.detach() if isinstance(x, Tensor) else x for x in args[: op.arity]]
+    names = [argument.name for argument in op.overloads["cpu"]._schema.arguments]
+    with poisoned_memory(), torch.no_grad():
+        function = op.reference if forward == "reference" else op.overloads[forward]
+        output = function(*inputs)
+        context = _Context(backward, tuple(name in stated.differentiable for name in names))
+        op.save(context, tuple(inputs), output)
+        results = output if isinstance(output, tuple) else (output,)
+        # The public function returns the first results of the op, in its order.
+        cotangents = [stated.cotangents.get(name) for name in returned]
+        cotangents += [None] * (len(results) - len(cotangents))
+        with dispatch.counting() as ran:
+            found = op.backward(context, *cotangents)
+    assert ran == {f"{stated.op}_backward.{backward}": 1}, f"{backward} was to run, not {ran}"
+    grads = {}
+    for name, grad in zip(names, found, strict=True):
+        if name in stated.differentiable:
+            # The public function had expanded some arguments before.
+            shape = stated.inputs[name].shape
+            grads[name] = (
+                grad.view(shape) if grad.numel() == shape.numel() else grad.sum_to_size(shape)
+            )
+    return Evaluation({}, grads)
+
+
+def explicit_pairs(op: str) -> list[tuple[str, str]]:
+    """Forward and explicit backward of every two backends that have them here."""
+    backends = [b for b in OPS[op].backends.values() if b.name not in OPS[op].compositions]
+    forwards = ["reference", *[b.name for b in backends if b.unavailable is None]]
+    backwards = ["reference", *[b.name for b in backends if b.has_backward]]
+    return [(f, b) for f in forwards for b in backwards]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from cases.attention import NAMED, REPRESENTATIVE, SWEPT, Case, check
-from oracle import Target
+from cases.attention import NAMED, REPRESENTATIVE, SWEPT, Case, call, check, compare, problem
+from oracle import Target, explicit_gradients, explicit_pairs
 
 
 @pytest.mark.representative
@@ -21,3 +21,14 @@ def test_sweep(case: Case, target: Target) -> None:
 @pytest.mark.parametrize("name", NAMED)
 def test_named(name: str, target: Target) -> None:
     check(NAMED[name], target)
+
+
+@pytest.mark.parametrize(("forward", "backward"), explicit_pairs("attention"))
+@pytest.mark.parametrize("case", [*REPRESENTATIVE, *NAMED.values(), *SWEPT[::4]], ids=str)
+def test_any_backward_takes_any_forward(case: Case, forward: str, backward: str) -> None:
+    stated = problem(case, "cpu")
+
+    def by_reference(**inputs):
+        return call(case, "reference", **inputs)
+
+    compare(case, stated, explicit_gradients(stated, by_reference, forward, backward))
