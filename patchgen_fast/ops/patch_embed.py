@@ -241,8 +241,8 @@ def patch_embed(
         images,
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
-        None if pos_embed is None else pos_embed.reshape(-1, embed),
-        None if prefix is None else prefix.reshape(-1, embed),
+        None if pos_embed is None else pos_embed.reshape(-1, embed).contiguous(),
+        None if prefix is None else prefix.reshape(-1, embed).contiguous(),
         _statistic("mean", mean, images),
         _statistic("std", std, images),
     )
