@@ -1,0 +1,23 @@
+"""add_layer_norm on every backend: results and gradients by the parity rule."""
+
+from __future__ import annotations
+
+import pytest
+from cases.add_layer_norm import CASES, Case, call, check, problem
+from oracle import Target, explicit_gradients, explicit_pairs
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parity(case: Case, target: Target) -> None:
+    check(case, target)
+
+
+@pytest.mark.parametrize(("forward", "backward"), explicit_pairs("add_layer_norm"))
+@pytest.mark.parametrize("case", CASES[::4], ids=str)
+def test_any_backward_takes_any_forward(case: Case, forward: str, backward: str) -> None:
+    stated = problem(case, "cpu")
+
+    def by_reference(**inputs):
+        return call(case, "reference", **inputs)
+
+    stated.compare(explicit_gradients(stated, by_reference, forward, backward))
