@@ -120,6 +120,18 @@ def test_patch_embed_is_normalise_patchify_project():
     assert torch.equal(whole[:, :2], prefix.expand(2, -1, -1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_statistics_stay_float32_and_out_of_the_state_dict(dtype):
+    embed = PatchEmbed(8, 4, 3, 10, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)).to(dtype)
+    assert embed.mean.dtype == embed.std.dtype == torch.float32
+    assert set(embed.state_dict()) == {"proj.weight", "proj.bias"}
+    images = torch.rand(2, 3, 8, 8)
+    back = embed.denormalise(embed.normalise(images, torch.float32))
+    torch.testing.assert_close(back, images)
+    assert embed.normalise(images, dtype).dtype == dtype
+    assert torch.equal(embed.to("meta").to_empty(device="cpu").mean, torch.tensor([0.5, 0.4, 0.3]))
+
+
 def test_patch_unembed_is_project_unpatchify():
     unembed = PatchUnembed((2, 3), 4, 3, 10)
     tokens = torch.randn(2, 6, 10)

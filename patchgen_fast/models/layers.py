@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .cache import KeyValueCache, LayerCache
 from .patches import Size2d, grid_of, pair
+from .pixels import PixelStatistics
 
 
 def attend(
@@ -63,7 +64,16 @@ def check_tokens(x: Tensor, dim: int, what: str = "tokens") -> None:
         )
 
 
-class PatchEmbed(nn.Module):
+def check_last(x: Tensor, dim: int) -> None:
+    """Raises ValueError unless the last dimension of x is dim."""
+    if x.dim() < 1 or x.shape[-1] != dim:
+        raise ValueError(
+            f"expected tokens [..., {dim}], got shape {tuple(x.shape)}; "
+            "the last dimension holds the features"
+        )
+
+
+class PatchEmbed(PixelStatistics):
     """Images `[B, C, H, W]` to tokens `[B, N, E]`: one linear map applied to every patch.
 
     uint8 images are divided by 255; `mean` and `std`, one number per channel, normalise. The
@@ -71,9 +81,6 @@ class PatchEmbed(nn.Module):
     `prefix` `[1, P, E]` comes before them and gets no position. `img_size=None` takes any image
     that whole patches fill, otherwise another size raises ValueError.
     """
-
-    mean: Tensor | None
-    std: Tensor | None
 
     def __init__(
         self,
@@ -92,8 +99,7 @@ class PatchEmbed(nn.Module):
         self.grid_size = None if img_size is None else grid_of(img_size, patch_size)
         self.num_patches = None if self.grid_size is None else self.grid_size[0] * self.grid_size[1]
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size, bias=bias)
-        self.register_buffer("mean", per_channel(mean, in_chans, "mean"), persistent=False)
-        self.register_buffer("std", per_channel(std, in_chans, "std"), persistent=False)
+        self.set_statistics(in_chans, mean, std)
 
     def check(self, images: Tensor) -> None:
         """Raises ValueError for images of another shape, TypeError for another kind of number."""
@@ -116,37 +122,18 @@ class PatchEmbed(nn.Module):
                 "convert with images.float() on the scale 0 to 1, or images.to(torch.uint8)"
             )
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Images in the weight's dtype, after division by 255 (uint8), mean and std."""
-        weight = self.proj.weight
-        x = images.to(torch.promote_types(weight.dtype, torch.float32))
-        if images.dtype == torch.uint8:
-            x = x / 255
-        if self.mean is not None:
-            x = x - self.mean.to(x.dtype)[:, None, None]
-        if self.std is not None:
-            x = x / self.std.to(x.dtype)[:, None, None]
-        return x.to(weight.dtype)
-
     def forward(
         self, images: Tensor, *, pos_embed: Tensor | None = None, prefix: Tensor | None = None
     ) -> Tensor:
         self.check(images)
-        tokens = self.proj(self.normalise(images)).flatten(2).transpose(1, 2)
+        tokens = (
+            self.proj(self.normalise(images, self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        )
         if pos_embed is not None:
             tokens = tokens + pos_embed
         if prefix is not None:
             tokens = torch.cat((prefix.expand(len(tokens), -1, -1), tokens), dim=1)
         return tokens
-
-
-def per_channel(values: tuple[float, ...] | None, channels: int, name: str) -> Tensor | None:
-    """One number per channel as a float32 tensor `[C]`, or None."""
-    if values is None:
-        return None
-    if len(values) != channels:
-        raise ValueError(f"expected {name} with {channels} numbers, one a channel, got {values}")
-    return torch.tensor(values, dtype=torch.float32)
 
 
 class PatchUnembed(nn.Module):
@@ -307,6 +294,7 @@ class FeedForward(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_last(x, self.fc1.in_features)
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
 

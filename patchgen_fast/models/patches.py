@@ -49,7 +49,8 @@ def grid_of(image_size: Size2d, patch_size: Size2d) -> tuple[int, int]:
     if height % patch_height or width % patch_width:
         raise ValueError(
             "expected an image whose sides are multiples of the patch "
-            f"{(patch_height, patch_width)}, got {(height, width)}; crop, pad or resize the image, or choose another patch size"
+            f"{(patch_height, patch_width)}, got {(height, width)}; crop, pad or resize the image, "
+            "or choose another patch size"
         )
     return height // patch_height, width // patch_width
 

@@ -153,9 +153,6 @@ class PatchTransformer(nn.Module):
     Images go in as floats on the scale 0 to 1 or as uint8, and come out as floats on that scale.
     """
 
-    mean: Tensor | None
-    std: Tensor | None
-
     def __init__(self, config: PatchTransformerConfig) -> None:
         super().__init__()
         self.config = config
@@ -246,12 +243,7 @@ class PatchTransformer(nn.Module):
 
     def to_pixels(self, normalised: Tensor) -> Tensor:
         """Undo the normalisation of the input: the head's output to the scale 0 to 1."""
-        embed = self.decoder.patch_embed
-        if embed.std is not None:
-            normalised = normalised * embed.std.to(normalised.dtype)[:, None, None]
-        if embed.mean is not None:
-            normalised = normalised + embed.mean.to(normalised.dtype)[:, None, None]
-        return normalised
+        return self.decoder.patch_embed.denormalise(normalised)
 
     @staticmethod
     def _unit_scale(images: Tensor) -> Tensor:

@@ -1,0 +1,252 @@
+"""What the fast layers share: when a child may be read instead of called, and fused steps.
+
+A fused step does the work of several children at once, so it reads their weights. It may do so
+only where nobody would notice: the child is exactly the known class, nothing hooks into it, and
+its parameters are plain tensors. Otherwise the child is called, so that LoRA, hooks,
+parametrisations, quantised weights and sharding keep working, and only the fusion is lost.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ..ops.add_layer_norm import add_layer_norm
+from ..ops.linear import linear
+from ..ops.qk_norm_rope import qk_norm_rope
+
+if TYPE_CHECKING:
+    from .state import FastLayer
+
+LINEAR_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, NonDynamicallyQuantizableLinear)
+CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+RESIDUAL_TYPES: set[type] = set()
+"""Fast layers, as exact classes, whose `fused_forward` takes a `residual`."""
+
+
+def takes_residual(cls: type) -> type:
+    """Class decorator: `fused_forward(..., residual=r)` of exactly this class adds r."""
+    RESIDUAL_TYPES.add(cls)
+    return cls
+
+
+# ------------------------------------------------------------------- what may be read or bypassed
+
+
+def unobserved(module: Any) -> bool:
+    """Nothing notices whether the module is called or bypassed: no hooks, no rebound forward."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_plain_tensor(tensor: Tensor | None) -> bool:
+    """Not a subclass that wraps others, as sharded (DTensor) and quantised weights are."""
+    return tensor is None or not hasattr(tensor, "__tensor_flatten__")
+
+
+def plain_linear(module: Any) -> bool:
+    """Whether the weight of a linear layer may be read."""
+    return (
+        type(module) in LINEAR_TYPES
+        and unobserved(module)
+        and is_plain_tensor(module.weight)
+        and is_plain_tensor(module.bias)
+    )
+
+
+def plain_patch_conv(module: Any) -> bool:
+    """Whether a convolution, or its transpose, is exactly one product a patch and may be read."""
+    return (
+        isinstance(module, _ConvNd)
+        and type(module) in CONV_TYPES
+        and unobserved(module)
+        and is_plain_tensor(module.weight)
+        and is_plain_tensor(module.bias)
+        and module.stride == module.kernel_size
+        and module.groups == 1
+        and all(dilation == 1 for dilation in module.dilation)
+        and all(padding == 0 for padding in (*module.padding, *module.output_padding))
+    )
+
+
+def inactive(module: Any) -> bool:
+    """Whether a dropout or placeholder does nothing and may be left out."""
+    if not unobserved(module):
+        return False
+    if type(module) is nn.Identity:
+        return True
+    return type(module) is nn.Dropout and (module.p == 0.0 or not module.training)
+
+
+def plain_layer_norm(module: Any) -> bool:
+    """Whether a layer normalisation over the last dimension may be read."""
+    return (
+        type(module) is nn.LayerNorm
+        and len(module.normalized_shape) == 1
+        and unobserved(module)
+        and is_plain_tensor(module.weight)
+        and is_plain_tensor(module.bias)
+    )
+
+
+def activation_name(module: Any) -> str | None:
+    """The name under which `linear` has an activation, or None where it has not.
+
+    `module` is a module, or a function such as `F.gelu`.
+    """
+    if isinstance(module, nn.Module) and not unobserved(module):
+        return None
+    if module is F.relu or type(module) is nn.ReLU:
+        return "relu"
+    if module is F.gelu:
+        return "gelu"
+    if type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    if module is F.silu or type(module) is nn.SiLU:
+        return "silu"
+    return None
+
+
+# ------------------------------------------------------------------------------------ fused steps
+
+
+def project(
+    owner: FastLayer,
+    x: Tensor,
+    module: Any,
+    activation: Any = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`activation(module(x)) + residual`, in one op where the module may be read.
+
+    A residual of another dtype than the product, as the float32 stream under autocast, is added
+    afterwards, so that the stream keeps its precision.
+    """
+    name = None if activation is None else activation_name(activation)
+    if not plain_linear(module) or (activation is not None and name is None):
+        out = module(x)
+        if activation is not None:
+            out = activation(out)
+        return out if residual is None else residual + out
+    inside = residual is not None and residual.dtype == product_dtype(x)
+    out = linear(
+        x,
+        module.weight,
+        module.bias,
+        activation=name,
+        residual=residual if inside else None,
+        backend=owner._backend("linear"),
+    )
+    return out if residual is None or inside else residual + out
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a product with x comes out: autocast's, or that of x."""
+    if autocasting(x) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x; some, as meta, know no autocast."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def normalise_heads(
+    owner: FastLayer, query: Tensor, key: Tensor, q_norm: Any, k_norm: Any
+) -> tuple[Tensor, Tensor]:
+    """`q_norm(query), k_norm(key)` over D for `[B, H, N, D]`, in one op where both may be read."""
+    if inactive(q_norm) and inactive(k_norm):
+        return query, key
+    norm = _head_norm(q_norm, query.shape[-1])
+    if norm is None or norm != _head_norm(k_norm, key.shape[-1]):
+        return q_norm(query), k_norm(key)
+    kind, eps = norm
+    return qk_norm_rope(
+        query,
+        key,
+        norm=kind,
+        q_weight=q_norm.weight,
+        k_weight=k_norm.weight,
+        q_bias=getattr(q_norm, "bias", None),
+        k_bias=getattr(k_norm, "bias", None),
+        eps=eps,
+        backend=owner._backend("qk_norm_rope"),
+    )
+
+
+def _head_norm(module: Any, head_dim: int) -> tuple[str, float] | None:
+    """("layer" | "rms", eps) of a normalisation that may be read, else None."""
+    if type(module) not in (nn.LayerNorm, nn.RMSNorm) or not unobserved(module):
+        return None
+    if tuple(module.normalized_shape) != (head_dim,) or module.eps is None:
+        return None
+    if not is_plain_tensor(module.weight) or not is_plain_tensor(getattr(module, "bias", None)):
+        return None
+    return ("layer" if type(module) is nn.LayerNorm else "rms"), float(module.eps)
+
+
+def adds_residual(module: Any) -> bool:
+    """Whether a module can make the sum with a residual itself, in its last product."""
+    return type(module) in RESIDUAL_TYPES and unobserved(module)
+
+
+def add_to_residual(residual: Tensor, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`residual + module(x, ...)`, in the module's last product where it can do that."""
+    if adds_residual(module):
+        return module.fused_forward(x, *args, residual=residual, **kwargs)
+    return residual + module(x, *args, **kwargs)
+
+
+def add_then_norm(
+    owner: FastLayer, residual: Tensor, branch: Tensor, norm: Any
+) -> tuple[Tensor, Tensor]:
+    """`(residual + branch, norm(residual + branch))`, in one op where the norm may be read."""
+    if autocasting(branch) or residual.dtype != branch.dtype or not plain_layer_norm(norm):
+        total = residual + branch
+        return total, norm(total)
+    normalised, total = add_layer_norm(
+        branch,
+        residual,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        backend=owner._backend("add_layer_norm"),
+    )
+    return total, normalised
+
+
+def add_branch_then_norm(
+    owner: FastLayer,
+    residual: Tensor,
+    module: Any,
+    norm: Any,
+    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """`(total, norm(total))` with `total = residual + module(x, ...)`.
+
+    The sum is made in the module's last product where that is possible, which spares a pass over
+    the branch, else together with the normalisation, which spares one over the total.
+    """
+    if adds_residual(module):
+        total = module.fused_forward(x, *args, residual=residual, **kwargs)
+        return total, norm(total)
+    return add_then_norm(owner, residual, module(x, *args, **kwargs), norm)
