@@ -18,11 +18,30 @@ _EXPORTS = {
     "patch_unembed": "patchgen_fast.ops.patch_unembed",
     "qk_norm_rope": "patchgen_fast.ops.qk_norm_rope",
     "varlen_attention": "patchgen_fast.ops.varlen_attention",
+    "Attention": "patchgen_fast.modules",
+    "CrossAttention": "patchgen_fast.modules",
+    "DecoderLayer": "patchgen_fast.modules",
+    "EncoderLayer": "patchgen_fast.modules",
+    "FeedForward": "patchgen_fast.modules",
+    "MultiheadAttention": "patchgen_fast.modules",
+    "PatchEmbed": "patchgen_fast.modules",
+    "PatchUnembed": "patchgen_fast.modules",
+    "swap": "patchgen_fast.swapping",
+    "swapped": "patchgen_fast.swapping",
+    "verify": "patchgen_fast.swapping",
 }
 
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
+    from .modules import Attention as Attention
+    from .modules import CrossAttention as CrossAttention
+    from .modules import DecoderLayer as DecoderLayer
+    from .modules import EncoderLayer as EncoderLayer
+    from .modules import FeedForward as FeedForward
+    from .modules import MultiheadAttention as MultiheadAttention
+    from .modules import PatchEmbed as PatchEmbed
+    from .modules import PatchUnembed as PatchUnembed
     from .ops.add_layer_norm import add_layer_norm as add_layer_norm
     from .ops.attention import attention as attention
     from .ops.linear import linear as linear
@@ -30,6 +49,9 @@ if TYPE_CHECKING:
     from .ops.patch_unembed import patch_unembed as patch_unembed
     from .ops.qk_norm_rope import qk_norm_rope as qk_norm_rope
     from .ops.varlen_attention import varlen_attention as varlen_attention
+    from .swapping import swap as swap
+    from .swapping import swapped as swapped
+    from .swapping import verify as verify
 
 
 def __getattr__(name: str) -> Any:
