@@ -239,6 +239,7 @@ def _expand(
                     continue  # no gradient reaches uint8 images; weights alone are not this case
                 if shape.dims.get("Nq") == 1 and phase != "forward":
                     continue  # decoding is inference
+                few = ALL if shape.level == "model" else ONE  # of the quick suite
                 for count in threads:
                     quick = (dtype, phase) in QUICK.get((shape.op, shape.name), [])
                     out.append(
@@ -248,7 +249,7 @@ def _expand(
                             phase=phase,
                             device=device,
                             threads=count,
-                            quick=quick and count == ONE and device == "cpu",
+                            quick=quick and count == few and device == "cpu",
                         )
                     )
     return out

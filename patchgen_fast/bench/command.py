@@ -128,8 +128,8 @@ def bench(
 ) -> None:
     """Compare the fast layers with eager PyTorch and other peers: parity, then speed.
 
-    Exit codes: 0 fine, 1 a regression against --baseline, 2 wrong usage, 3 a red parity check,
-    4 no GPU under --require-gpu.
+    Exit codes: 0 fine, 1 a case that failed or a regression against --baseline, 2 wrong usage,
+    3 a red parity check, 4 no GPU under --require-gpu.
     """
     from patchgen_fast.bench import cases as case_list
 
@@ -280,17 +280,22 @@ def _show(result: ResultFile, output: str) -> None:
 
 
 def _verdict(result: ResultFile, earlier: ResultFile | None) -> int:
+    from patchgen_fast.bench.schema import ERROR
+
     if result.red:
         for case in result.red:
             _say(f"Parity is red: {case.id}: {case.reason}")
         return PARITY
+    failed = [case for case in result.cases if case.status == ERROR]
+    for case in failed:
+        _say(f"Failed: {case.id}: {case.reason}")
     if earlier is None:
-        return 0
+        return REGRESSION if failed else 0
     from patchgen_fast.bench import compare as comparison
 
     found = comparison.compare(earlier, result)
     _say(comparison.summary(found))
-    return found.exit_code
+    return found.exit_code or (REGRESSION if failed else 0)
 
 
 @click.command()

@@ -95,8 +95,15 @@ def run_case(
     started = time.perf_counter()
     try:
         calibration = _calibration(case, threads, writer, options)
+        problem = (options.build or problem_set.build)(case)
+        result.items, result.reason = problem.items, problem.note
+        result.cost = limits.bind(problem.cost, case.dtype, calibration)
+        options.progress("step", case, "float64 truth")
+        truth, grads = _truth(case, problem)  # by all threads: it is not timed
         with machine.held(threads):
-            _measure(case, result, calibration, options, sentinel)
+            runnables, first_calls = _checked(case, problem, result, truth, grads, options)
+            del truth
+            _time(case, result, runnables, first_calls, grads, options, sentinel)
     except Absent as reason:
         result.status, result.reason = ABSENT, str(reason)
     except (KeyboardInterrupt, SystemExit):
@@ -129,27 +136,21 @@ def _calibration(
     return measured
 
 
-def _measure(
+def _time(
     case: Case,
     result: CaseResult,
-    calibration: Calibration | None,
+    runnables: dict[str, Runnable],
+    first_calls: dict[str, float],
+    grads: list[torch.Tensor],
     options: Options,
     sentinel: Callable[[], object],
 ) -> None:
-    problem = (options.build or problem_set.build)(case)
-    result.items, result.reason = problem.items, problem.note
-    result.cost = limits.bind(problem.cost, case.dtype, calibration)
-    runnables, first_calls = _checked(case, problem, result, options)
+    """Time what passed the parity check, unless ours did not: then nothing is timed."""
     ours = result.ours
     if ours is None or ours.status != OK:
         result.status = ours.status if ours else ERROR
         result.reason = ours.reason if ours else "the problem has no contender of ours"
         return
-    eager = result.eager
-    assert eager is not None
-    outputs = runnables[eager.name].outputs() if case.phase != "forward" else ()
-    grads = gradients_of(outputs, case)
-    del outputs
     calls = {name: timed_call(runnable, case.phase, grads) for name, runnable in runnables.items()}
     if case.device == "cuda":
         gpu_timing.measure(result, calls, options.plan)
@@ -171,11 +172,14 @@ def _measure(
 
 
 def _checked(
-    case: Case, problem: Problem, result: CaseResult, options: Options
+    case: Case,
+    problem: Problem,
+    result: CaseResult,
+    truth: dict[str, torch.Tensor],
+    grads: list[torch.Tensor],
+    options: Options,
 ) -> tuple[dict[str, Runnable], dict[str, float]]:
     """Make every contender, hold each against the truth; those that pass, and their first calls."""
-    options.progress("step", case, "parity")
-    truth, grads = _truth(case, problem)
     kept: dict[str, Runnable] = {}
     first_calls: dict[str, float] = {}
     eager_values: dict[str, torch.Tensor] = {}

@@ -72,7 +72,7 @@ def build(case: Case) -> Problem:
             Contender("ours", "ours", ours),
         ],
         truth,
-        _cost(case, fresh, inputs),
+        _cost(case, make, inputs),
         items=case.dims["B"],
         note=note,
     )
@@ -91,15 +91,14 @@ def _under(context: AbstractContextManager[Any], call: Callable[[], Any]) -> Any
 
 
 def _swapped_anything(report: Any) -> bool:
-    rows = getattr(report, "rows", None)
-    return rows is None or any(getattr(row, "action", "") == "replaced" for row in rows)
+    return bool(report.with_action("swapped"))
 
 
-def _cost(case: Case, fresh: Callable[[torch.dtype], nn.Module], inputs: Inputs) -> Cost:
+def _cost(case: Case, make: Callable[[], nn.Module], inputs: Inputs) -> Cost:
     """FLOPs by torch's counter on the meta device (training is three forwards); least bytes are
     weights and inputs once."""
     with torch.device("meta"), torch.no_grad():
-        module = fresh(torch.float32).to("meta")
+        module = make().eval()
         on_meta = [tensor.to("meta", torch.float32) for tensor in inputs]
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             module(*on_meta)
