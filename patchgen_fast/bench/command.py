@@ -94,6 +94,13 @@ def _stop(code: int, text: str) -> None:
     metavar="PATH",
     help="A picture, PNG [default: beside the result].",
 )
+@click.option(
+    "--export",
+    "exports",
+    multiple=True,
+    metavar="FORMAT=PATH",
+    help="Also as pytest-benchmark, github-action, junit, csv, summary or markdown; repeatable.",
+)
 @click.option("--resume", is_flag=True, help="Go on with an interrupted result file.")
 @click.option(
     "--baseline",
@@ -124,6 +131,7 @@ def bench(
     output: str,
     quiet: bool,
     peers: tuple[str, ...],
+    exports: tuple[str, ...],
     **filters: Any,
 ) -> None:
     """Compare the fast layers with eager PyTorch and other peers: parity, then speed.
@@ -145,6 +153,7 @@ def bench(
     _require_packages()
     from patchgen_fast.bench.results import ResultError
 
+    wanted = _exports(exports)
     path = json_path or Path(DEFAULT_FOLDER) / f"bench-{suite}.json"
     quick = quick or suite == "quick"
     try:
@@ -157,10 +166,19 @@ def bench(
     except KeyboardInterrupt:
         _stop(130, f"interrupted; {path} keeps what was measured, --resume goes on")
         return
-    written = _write_reports(result, path, markdown_path, plot_path)
+    written = _write_reports(result, path, markdown_path, plot_path, wanted)
     _show(result, output)
     _say("Written: " + ", ".join(str(item) for item in written))
     sys.exit(_verdict(result, earlier))
+
+
+def _exports(specifications: tuple[str, ...]) -> list[tuple[str, Path]]:
+    from patchgen_fast.bench import exports
+
+    try:
+        return [exports.parse(specification) for specification in specifications]
+    except ValueError as error:
+        raise click.UsageError(f"--export: {error}") from error
 
 
 def _require_packages() -> None:
@@ -244,16 +262,21 @@ def _measure_again(chosen: list[Case], writer: Any, options: Any, earlier: Resul
 
 
 def _write_reports(
-    result: ResultFile, path: Path, markdown_path: Path | None, plot_path: Path | None
+    result: ResultFile,
+    path: Path,
+    markdown_path: Path | None,
+    plot_path: Path | None,
+    wanted: list[tuple[str, Path]],
 ) -> list[Path]:
-    from patchgen_fast.bench import plot, tables
-    from patchgen_fast.bench.results import ResultError, write_atomically
+    """Everything beside the JSON; what was written."""
+    from patchgen_fast.bench import exports, plot
+    from patchgen_fast.bench.results import ResultError
 
     written = [path]
     try:
-        page = markdown_path or path.with_suffix(".md")
-        write_atomically(page, tables.markdown(result).encode())
-        written.append(page)
+        for name, target in [("markdown", markdown_path or path.with_suffix(".md")), *wanted]:
+            exports.save(result, name, target)
+            written.append(target)
         picture = plot_path or path.with_suffix(".png")
         if plot.save(result, picture):
             written.append(picture)

@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -38,6 +38,7 @@ from patchgen_fast.bench.schema import (
     CaseResult,
     Cell,
     Ratio,
+    ResultFile,
     Timing,
 )
 
@@ -58,6 +59,14 @@ class Options:
     progress: Progress = field(default=lambda event, case, text: None)
 
 
+class Store(Protocol):
+    """What a case needs of a result writer: the document, and saving it."""
+
+    result: ResultFile
+
+    def save(self) -> None: ...
+
+
 def run(cases: Iterable[Case], writer: ResultWriter, options: Options) -> None:
     """Measure every case that the result does not hold yet, and save after each."""
     done = {case.id for case in writer.result.cases if case.status != ERROR}
@@ -73,7 +82,7 @@ def run(cases: Iterable[Case], writer: ResultWriter, options: Options) -> None:
 
 
 def run_case(
-    case: Case, writer: ResultWriter, options: Options, sentinel: Callable[[], object]
+    case: Case, writer: Store, options: Options, sentinel: Callable[[], object]
 ) -> CaseResult:
     """One case, whatever happens: an exception becomes the case's status and reason."""
     threads = machine.thread_count(case.threads) if case.device == "cpu" else 1
@@ -115,9 +124,7 @@ def run_case(
     return result
 
 
-def _calibration(
-    case: Case, threads: int, writer: ResultWriter, options: Options
-) -> Calibration | None:
+def _calibration(case: Case, threads: int, writer: Store, options: Options) -> Calibration | None:
     """The peaks for this device and thread count, measured when first needed in this run."""
     known = writer.result.calibration(case.device, threads)
     if known:

@@ -182,14 +182,18 @@ def markdown(result: ResultFile, *, title: str = "patchgen_fast benchmark") -> s
     return "\n".join(parts) + "\n"
 
 
-def tables_by_level(result: ResultFile) -> str:
+def tables_by_level(result: ResultFile, *, heading: str = "##") -> str:
     """A table a level, and the sentence that says how to read it."""
     parts = []
     for level in LEVELS:
         cases = [case for case in result.cases if case.level == level]
         if cases:
             names = {"op": "Ops", "layer": "Layers", "block": "Blocks", "model": "Models"}
-            parts += [f"## {names[level]}", "", markdown_table(HEADINGS, [row(c) for c in cases])]
+            parts += [
+                f"{heading} {names[level]}",
+                "",
+                markdown_table(HEADINGS, [row(c) for c in cases]),
+            ]
             parts.append("")
     parts.append(
         "Medians of interleaved rounds; × is the median of paired ratios with its 95 % bootstrap "
