@@ -14,7 +14,7 @@ CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 empty :=
 BUILT := $(VENV)/.built-$(PATCHGEN_FAST_BUILD)$(subst ;,_,$(subst $(empty) ,_,$(PATCHGEN_FAST_CUDA_ARCHS)))
 
-.PHONY: help test bench build environment lint format wheel install-check clean
+.PHONY: help test bench readme build environment lint format wheel install-check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -63,6 +63,9 @@ test: build ## all tests
 
 bench: build ## the fast layers against eager PyTorch, parity and speed
 	$(BIN)/patchgen-fast bench $(ARGS)
+
+readme: environment ## the README's benchmark tables, from benchmarks/results
+	$(BIN)/python -m patchgen_fast.bench.readme
 
 # Keeping house ----------------------------------------------------------------------------------
 
