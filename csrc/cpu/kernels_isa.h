@@ -5,6 +5,7 @@
 // of a standard header, say) could be the copy that the linker keeps for the whole library, and
 // would stop an older CPU with SIGILL; the build checks with nm that there is none. Hence: no
 // std:: containers, no exceptions, no allocation in kernels.
+#include "attention_kernel.h"
 #include "kernels.h"
 #include "patch_embed_kernel.h"
 #include "simd.h"

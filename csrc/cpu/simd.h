@@ -64,13 +64,16 @@ using Byte = uint8_t __attribute__((vector_size(kLanes)));
 
 // -- registers ------------------------------------------------------------------------------------
 
-PATCHGEN_FAST_INLINE Vec broadcast(float x) {
-  return x - Vec{};
+template <int... I>
+PATCHGEN_FAST_INLINE Vec repeat(float x, std::integer_sequence<int, I...>) {
+  return Vec{((void)I, x)...};
 }
 
-PATCHGEN_FAST_INLINE VecInt broadcast_int(int32_t x) {
-  return x - VecInt{};
+PATCHGEN_FAST_INLINE Vec broadcast(float x) {
+  return repeat(x, std::make_integer_sequence<int, kLanes>{});
 }
+
+PATCHGEN_FAST_INLINE VecInt broadcast_int(int32_t x) { return x - VecInt{}; }
 
 template <class To, class From>
 PATCHGEN_FAST_INLINE To bit_cast(From from) {

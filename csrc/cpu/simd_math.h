@@ -44,6 +44,21 @@ PATCHGEN_FAST_INLINE Vec exp2_approx(Vec x) {
 #endif
 }
 
+// log2(x) of a positive normal number, to 2 ulp: exponent + 2/ln2 * artanh((m - 1) / (m + 1)) with
+// the fraction m in [sqrt(1/2), sqrt(2)), by its odd series (next term below 2^-30).
+PATCHGEN_FAST_INLINE Vec log2_approx(Vec x) {
+  const VecInt offset = bit_cast<VecInt>(x) - 0x3f3504f3;  // the bits of sqrt(1/2)
+  const VecInt exponent = offset >> 23;
+  const Vec m = bit_cast<Vec>(bit_cast<VecInt>(x) - (exponent << 23));
+  const Vec t = (m - broadcast(1.0f)) / (m + broadcast(1.0f));
+  const Vec t2 = t * t;
+  Vec series = fma(broadcast(1.0f / 9), t2, broadcast(1.0f / 7));
+  series = fma(series, t2, broadcast(1.0f / 5));
+  series = fma(series, t2, broadcast(1.0f / 3));
+  series = fma(series, t2, broadcast(1.0f));
+  return fma(series, t * broadcast(2.88539008f), convert_lanes<Vec>(exponent));
+}
+
 // Two bf16 numbers in each 32-bit lane, the first in the low half.
 using Pairs = VecUint;
 

@@ -1,0 +1,51 @@
+// Arguments of the attention kernels: pointers, element strides and sizes. No torch, no instruction
+// set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace patchgen_fast {
+
+// A [batch, head, token, dim] operand; the last dimension is contiguous. Strides count elements.
+struct AttentionTensor {
+  const void* data;
+  int64_t batch;
+  int64_t head;
+  int64_t token;
+};
+
+// A mask over [batch, head, query, key]; a broadcast dimension has stride 0.
+struct AttentionMask {
+  const void* data;  // null: no mask
+  Dtype dtype;       // boolean: true attends; otherwise added to the scaled scores
+  int64_t batch;
+  int64_t head;
+  int64_t query;
+  int64_t key;
+};
+
+struct AttentionForward {
+  Dtype dtype;
+  int64_t batch, heads, kv_heads, queries, keys, dim;
+  AttentionTensor query, key, value;
+  AttentionMask mask;
+  const int32_t* kv_lengths;    // [batch] or null
+  const int32_t* query_offset;  // [batch] or null
+  bool is_causal;
+  float scale;
+  void* out;   // [batch, queries, heads, dim], contiguous
+  float* lse;  // [batch, heads, queries], contiguous, natural logarithm
+};
+
+// How a forward is cut into tasks; made by the kernel's own instruction set.
+struct AttentionPlan {
+  int64_t tasks;
+  int64_t chunk;         // query rows of one task
+  int64_t chunks;        // tasks of one (batch, key-value head)
+  size_t scratch_bytes;  // of each running thread
+};
+
+}  // namespace patchgen_fast

@@ -1,0 +1,134 @@
+// Copies of attention's operands into the layouts of register_tile.h, converted to 32-bit units:
+// floats, or pairs of bf16 (Math::kGroup = 2) that are neighbours in the contraction.
+//
+//     queries  [rows][steps]                        steps = ceil(dim / group)
+//     keys     [tile][steps][tile_vectors][kLanes]  lanes are keys: transposed
+//     values   [key / group][columns]               lanes are dims; columns = dim rounded up
+//
+// Whatever lies past the last key or dim is written as 0, so that products need no masks. Strides
+// of the source are free; the last dimension is contiguous.
+#pragma once
+
+#include "register_tile.h"
+
+namespace patchgen_fast {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+PATCHGEN_FAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PATCHGEN_FAST_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// kLanes units from `count` numbers (all of the vector's where count is large enough), else 0.
+template <class Math, class Element>
+PATCHGEN_FAST_INLINE Vec load_units(const Element* from, int64_t count) {
+  if constexpr (Math::kGroup == 1) {
+    return load_up_to(from, count);
+  } else {
+#if defined(__AVX512BF16__)
+    const __mmask32 lanes = count >= 32 ? ~0u : (1u << count) - 1u;
+    return bit_cast<Vec>(_mm512_maskz_loadu_epi16(lanes, from));
+#else
+    (void)from, (void)count;
+    return Vec{};
+#endif
+  }
+}
+
+// sign is -1, 0 or 1.
+template <class Math>
+PATCHGEN_FAST_INLINE Vec apply_sign(Vec units, float sign) {
+  if (sign > 0) {
+    return units;
+  }
+  if constexpr (Math::kGroup == 1) {
+    return units * broadcast(sign);
+  } else {
+    return sign == 0 ? Vec{} : bit_cast<Vec>(bit_cast<Pairs>(units) ^ 0x80008000u);
+  }
+}
+
+// Rows of `dim` numbers, `stride` apart, to rows of `columns` units.
+template <class Math, class Element>
+void pack_rows(const Element* from, int64_t stride, int64_t rows, int64_t dim, float sign, float* to,
+               int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r, from += stride, to += columns) {
+    for (int64_t u = 0; u < columns; u += kLanes) {
+      const int64_t d = u * Math::kGroup;
+      store(to + u, apply_sign<Math>(load_units<Math>(from + d, dim - d), sign));
+    }
+  }
+}
+
+// kLanes keys (fewer where count is less) become one vector of each step, `step_stride` apart.
+template <class Math, class Element>
+PATCHGEN_FAST_INLINE void pack_key_vector(const Element* from, int64_t stride, int64_t count,
+                                          int64_t dim, float* to, int64_t step_stride) {
+  const int64_t steps = ceil_div(dim, Math::kGroup);
+  for (int64_t step = 0; step < steps; step += kLanes) {
+    const int64_t d = step * Math::kGroup;
+    Vec square[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      square[i] = i < count ? load_units<Math>(from + i * stride + d, dim - d) : Vec{};
+    }
+    transpose(square);
+    if (step + kLanes <= steps) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        store(to + (step + i) * step_stride, square[i]);
+      }
+    } else {
+      for (int i = 0; i < steps - step; ++i) {
+        store(to + (step + i) * step_stride, square[i]);
+      }
+    }
+  }
+}
+
+template <class Math, class Element>
+void pack_keys(const Element* from, int64_t stride, int64_t keys, int64_t dim, float* to) {
+  const int64_t steps = ceil_div(dim, Math::kGroup);
+  const int64_t vectors = ceil_div(keys, kLanes);
+  for (int64_t first = 0; first < vectors;) {
+    const int64_t width = tile_vectors(vectors - first);
+    for (int64_t v = 0; v < width; ++v) {
+      const int64_t key = (first + v) * kLanes;
+      pack_key_vector<Math>(from + key * stride, stride, smaller(keys - key, kLanes), dim,
+                            to + v * kLanes, width * kLanes);
+    }
+    to += width * kLanes * steps;
+    first += width;
+  }
+}
+
+// Two rows of bf16 numbers to one of pairs.
+template <class Element>
+PATCHGEN_FAST_INLINE Vec load_interleaved(const Element* upper, const Element* lower, bool has_lower,
+                                          int64_t count) {
+  const int64_t lanes = smaller(count, kLanes);
+  const VecUint first = convert_lanes<VecUint>(load_half_partial(upper, lanes));
+  const VecUint second =
+      has_lower ? convert_lanes<VecUint>(load_half_partial(lower, lanes)) : VecUint{};
+  return bit_cast<Vec>(first | (second << 16));
+}
+
+template <class Math, class Element>
+void pack_values(const Element* from, int64_t stride, int64_t keys, int64_t dim, float* to,
+                 int64_t columns) {
+  for (int64_t key = 0; key < keys; key += Math::kGroup) {
+    for (int64_t d = 0; d < columns; d += kLanes) {
+      const Element* here = from + d;
+      if constexpr (Math::kGroup == 1) {
+        store(to + d, load_up_to(here, dim - d));
+      } else {
+        store(to + d, load_interleaved(here, here + stride, key + 1 < keys, dim - d));
+      }
+    }
+    from += Math::kGroup * stride;
+    to += columns;
+  }
+}
+
+}  // namespace
+}  // namespace patchgen_fast

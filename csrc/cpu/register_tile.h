@@ -1,0 +1,109 @@
+// Products of small matrices whose result stays in registers: c[rows][vectors] = a @ b.
+//
+// `a` is read one 32-bit unit at a time and broadcast, `b` one vector at a time:
+//
+//     a [rows][steps]             units, row after row
+//     b [steps][vectors][kLanes]  units, one step every b_step
+//     c [rows][vectors * kLanes]  floats
+//
+// A unit is one float (FloatMath) or a pair of bf16 numbers that are neighbours in the contraction
+// (PairMath); both are carried as the bits of a float. One tile holds rows x vectors accumulators:
+// 8 x 3, 6 x 4 or 5 x 5 of 32 registers, 6 x 2 or 4 x 3 of 16; per step it loads vectors + rows
+// units for rows * vectors multiplications, which keeps the multipliers busy from the first-level
+// cache. A tile with fewer rows or vectors exists for each remainder, so no product is wasted.
+#pragma once
+
+#include "simd.h"
+
+namespace patchgen_fast {
+namespace {
+
+struct FloatMath {
+  static constexpr int kGroup = 1;  // numbers in one unit
+  PATCHGEN_FAST_INLINE Vec multiply_add(Vec acc, Vec a, Vec b) { return fma(a, b, acc); }
+};
+
+struct PairMath {
+  static constexpr int kGroup = 2;
+  PATCHGEN_FAST_INLINE Vec multiply_add(Vec acc, Vec a, Vec b) {
+    return dot_pairs(acc, bit_cast<Pairs>(a), bit_cast<Pairs>(b));
+  }
+};
+
+constexpr int kMaxVectors = kRegisters == 32 ? 5 : 3;
+
+constexpr int max_rows(int vectors) {
+  constexpr int wide[] = {8, 8, 8, 6, 5};
+  constexpr int narrow[] = {8, 6, 4};
+  return kRegisters == 32 ? wide[vectors - 1] : narrow[vectors - 1];
+}
+
+// Vectors of the next tile when `remaining` are left: never leaves a narrow one behind.
+constexpr int64_t tile_vectors(int64_t remaining) {
+  constexpr int64_t preferred = kMaxVectors - (kMaxVectors > 3 ? 1 : 0);
+  if (remaining <= kMaxVectors) {
+    return remaining;
+  }
+  return remaining == preferred + 1 || remaining == preferred + 2 ? (remaining + 1) / 2 : preferred;
+}
+
+template <class Math, int kRows, int kVectors>
+void tile(const float* a, int64_t a_row, const float* b, int64_t b_step, int64_t steps, float* c,
+          int64_t c_row) {
+  Vec acc[kRows][kVectors] = {};
+  for (int64_t step = 0; step < steps; ++step) {
+    Vec b_now[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      b_now[v] = load(b + v * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec a_now = broadcast(a[r * a_row]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        acc[r][v] = Math::multiply_add(acc[r][v], a_now, b_now[v]);
+      }
+    }
+    a += 1;
+    b += b_step;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      store(c + r * c_row + v * kLanes, acc[r][v]);
+    }
+  }
+}
+
+using Tile = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t);
+
+template <class Math, int kVectors, int... R>
+constexpr auto tiles_of_rows(std::integer_sequence<int, R...>) {
+  struct Row {
+    Tile tiles[sizeof...(R)];
+  };
+  return Row{{tile<Math, R + 1, kVectors>...}};
+}
+
+// Any number of rows, up to kMaxVectors vectors.
+template <class Math, int kVectors = 1>
+void multiply(const float* a, int64_t a_row, int64_t rows, const float* b, int64_t b_step,
+              int64_t vectors, int64_t steps, float* c, int64_t c_row) {
+  if constexpr (kVectors < kMaxVectors) {
+    if (vectors > kVectors) {
+      multiply<Math, kVectors + 1>(a, a_row, rows, b, b_step, vectors, steps, c, c_row);
+      return;
+    }
+  }
+  constexpr int kRows = max_rows(kVectors);
+  static constexpr auto by_rows = tiles_of_rows<Math, kVectors>(std::make_integer_sequence<int, kRows>{});
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const int64_t count = rows - r < kRows ? rows - r : kRows;
+    by_rows.tiles[count - 1](a + r * a_row, a_row, b, b_step, steps, c + r * c_row, c_row);
+  }
+}
+
+}  // namespace
+}  // namespace patchgen_fast
