@@ -22,11 +22,11 @@
 namespace patchgen_fast {
 namespace {
 
-constexpr int64_t kBlockRows = 24;    // a multiple of the tiles' 8, 6 and 4 rows
-constexpr int64_t kStatRows = 32;     // rows of a block's statistics: whole vectors of them
-constexpr int64_t kPanelKeys = 1024;  // longest run of keys with one softmax
-constexpr int64_t kPanelFloats = 65536;   // keys or values of a panel: 256 KiB
-constexpr int64_t kStateBlocks = 40;  // blocks of a task that keep their state over panels
+constexpr int64_t kBlockRows = 24;       // a multiple of the tiles' 8, 6 and 4 rows
+constexpr int64_t kStatRows = 32;        // rows of a block's statistics: whole vectors of them
+constexpr int64_t kPanelKeys = 1024;     // longest run of keys with one softmax
+constexpr int64_t kPanelFloats = 65536;  // keys or values of a panel: 256 KiB
+constexpr int64_t kStateBlocks = 40;     // blocks of a task that keep their state over panels
 
 // Sizes that follow from the problem alone.
 template <class Math>
@@ -87,7 +87,8 @@ struct ForwardWorkspace {
 template <class Math, class Element>
 class ForwardTask {
  public:
-  ForwardTask(const AttentionForward& problem, const AttentionPlan& plan, int64_t task, void* scratch)
+  ForwardTask(const AttentionForward& problem, const AttentionPlan& plan, int64_t task,
+              void* scratch)
       : problem_(problem), shape_(problem), work_(shape_, plan.chunk, scratch) {
     const int64_t group = task / plan.chunks;
     batch_ = group / problem.kv_heads;
@@ -247,7 +248,7 @@ class ForwardTask {
       // A row that has seen no key before has sum and state 0: any finite decay will do.
       const Vec before = load(old_maxima + r);
       const Vec fall = (before - load(block.maxima + r)) * broadcast(factor);
-      const Vec kept = select(before == kMinusInfinity, Vec{}, exp2_approx<5>(fall));
+      const Vec kept = select(before == kMinusInfinity, Vec{}, exp2_approx(fall));
       store(decay + r, kept);
       store(block.sums + r, fma(load(block.sums + r), kept, load(new_sums + r)));
     }
@@ -264,7 +265,8 @@ class ForwardTask {
   void finish(const Block& block, const float* rows) {
     float inverse[kStatRows];
     const float to_natural = additive_ ? 1.0f : magnitude_;
-    float* lse = problem_.lse + (batch_ * problem_.heads + block.head) * problem_.queries + block.query;
+    float* lse =
+        problem_.lse + (batch_ * problem_.heads + block.head) * problem_.queries + block.query;
     for (int64_t r = 0; r < block.rows; r += kLanes) {
       const Vec sum = load(block.sums + r);
       store(inverse + r, select(sum == 0.0f, Vec{}, broadcast(1.0f) / sum));

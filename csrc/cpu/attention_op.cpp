@@ -22,8 +22,8 @@ AttentionMask mask_of(const OptionalTensor& mask) {
   if (!mask.has_value()) {
     return {};
   }
-  return {mask->const_data_ptr(),  dtype_of(*mask),        mask_stride(*mask, 0),
-          mask_stride(*mask, 1),   mask_stride(*mask, 2),  mask_stride(*mask, 3)};
+  return {mask->const_data_ptr(), dtype_of(*mask),       mask_stride(*mask, 0),
+          mask_stride(*mask, 1),  mask_stride(*mask, 2), mask_stride(*mask, 3)};
 }
 
 // Shape [batch, heads, tokens, dim] over memory [batch, tokens, heads, dim].
@@ -33,10 +33,8 @@ Tensor empty_rows(int64_t batch, int64_t heads, int64_t tokens, int64_t dim, Sca
 }
 
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value,
-                                     OptionalTensor attn_mask,
-                                     OptionalTensor kv_lengths,
-                                     OptionalTensor query_offset, bool is_causal,
-                                     double scale) {
+                                     OptionalTensor attn_mask, OptionalTensor kv_lengths,
+                                     OptionalTensor query_offset, bool is_causal, double scale) {
   static CallCounter calls("attention.cpu");
   calls.add();
   const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);

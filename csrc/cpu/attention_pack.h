@@ -14,10 +14,18 @@
 namespace patchgen_fast {
 namespace {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-PATCHGEN_FAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-PATCHGEN_FAST_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+PATCHGEN_FAST_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+PATCHGEN_FAST_INLINE int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
 
 // kLanes units from `count` numbers (all of the vector's where count is large enough), else 0.
 template <class Math, class Element>
@@ -50,8 +58,8 @@ PATCHGEN_FAST_INLINE Vec apply_sign(Vec units, float sign) {
 
 // Rows of `dim` numbers, `stride` apart, to rows of `columns` units.
 template <class Math, class Element>
-void pack_rows(const Element* from, int64_t stride, int64_t rows, int64_t dim, float sign, float* to,
-               int64_t columns) {
+void pack_rows(const Element* from, int64_t stride, int64_t rows, int64_t dim, float sign,
+               float* to, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r, from += stride, to += columns) {
     for (int64_t u = 0; u < columns; u += kLanes) {
       const int64_t d = u * Math::kGroup;
@@ -104,8 +112,8 @@ void pack_keys(const Element* from, int64_t stride, int64_t keys, int64_t dim, f
 
 // Two rows of bf16 numbers to one of pairs.
 template <class Element>
-PATCHGEN_FAST_INLINE Vec load_interleaved(const Element* upper, const Element* lower, bool has_lower,
-                                          int64_t count) {
+PATCHGEN_FAST_INLINE Vec load_interleaved(const Element* upper, const Element* lower,
+                                          bool has_lower, int64_t count) {
   const int64_t lanes = smaller(count, kLanes);
   const VecUint first = convert_lanes<VecUint>(load_half_partial(upper, lanes));
   const VecUint second =

@@ -80,10 +80,6 @@ inline void apply_mask(float* scores, int64_t score_row, int64_t rows, int64_t k
   }
 }
 
-// Degree of the polynomial: bf16 probabilities need 2^-9, float ones 2^-24.
-template <class Math>
-constexpr int kExpDegree = Math::kGroup == 1 ? 5 : 3;
-
 template <class Math>
 PATCHGEN_FAST_INLINE void store_probability(float* row, int64_t j, Vec p) {
   if constexpr (Math::kGroup == 1) {
@@ -121,7 +117,7 @@ void softmax_rows(float* scores, int64_t score_row, int64_t vectors, float facto
     for (int r = 0; r < kRows; ++r) {
       float* row = scores + r * score_row;
       const Vec x = (load(row + v * kLanes) - center[r]) * broadcast(factor);
-      const Vec p = exp2_approx<kExpDegree<Math>>(x);
+      const Vec p = exp2_approx(x);
       sum[r] += p;
       store_probability<Math>(row, v * kLanes, p);
     }
@@ -144,7 +140,8 @@ void softmax_block(float* scores, int64_t score_row, int64_t rows, int64_t vecto
   }
 }
 
-// Natural logarithm of sum exp(score), from the maximum of the scores times `to_natural` and the sum.
+// Natural logarithm of sum exp(score), from the maximum of the scores times `to_natural` and the
+// sum.
 PATCHGEN_FAST_INLINE Vec log_sum_exp(Vec maximum, Vec sum, float to_natural) {
   const Vec lse = fma(maximum, broadcast(to_natural), log2_approx(sum) * broadcast(kLn2));
   return select(sum == 0.0f, broadcast(kMinusInfinity), lse);

@@ -98,7 +98,8 @@ void multiply(const float* a, int64_t a_row, int64_t rows, const float* b, int64
     }
   }
   constexpr int kRows = max_rows(kVectors);
-  static constexpr auto by_rows = tiles_of_rows<Math, kVectors>(std::make_integer_sequence<int, kRows>{});
+  static constexpr auto by_rows =
+      tiles_of_rows<Math, kVectors>(std::make_integer_sequence<int, kRows>{});
   for (int64_t r = 0; r < rows; r += kRows) {
     const int64_t count = rows - r < kRows ? rows - r : kRows;
     by_rows.tiles[count - 1](a + r * a_row, a_row, b, b_step, steps, c + r * c_row, c_row);

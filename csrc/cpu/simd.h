@@ -73,7 +73,9 @@ PATCHGEN_FAST_INLINE Vec broadcast(float x) {
   return repeat(x, std::make_integer_sequence<int, kLanes>{});
 }
 
-PATCHGEN_FAST_INLINE VecInt broadcast_int(int32_t x) { return x - VecInt{}; }
+PATCHGEN_FAST_INLINE VecInt broadcast_int(int32_t x) {
+  return x - VecInt{};
+}
 
 template <class To, class From>
 PATCHGEN_FAST_INLINE To bit_cast(From from) {
