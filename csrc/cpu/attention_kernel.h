@@ -32,13 +32,13 @@ constexpr int64_t kStateBlocks = 40;     // blocks of a task that keep their sta
 template <class Math>
 struct ForwardShape {
   explicit ForwardShape(const AttentionForward& problem)
-      : steps(ceil_div(problem.dim, Math::kGroup)),
+      : steps(divide_up(problem.dim, Math::kGroup)),
         query_row(round_up(steps, kLanes)),
         columns(round_up(problem.dim, kLanes)),
-        panels(larger(1, ceil_div(problem.keys, panel_limit(columns)))),
-        panel(round_up(larger(1, ceil_div(problem.keys, panels)), kLanes)),
+        panels(larger(1, divide_up(problem.keys, panel_limit(columns)))),
+        panel(round_up(larger(1, divide_up(problem.keys, panels)), kLanes)),
         score_row(panel + kLanes),  // the rows of a tile fall into different cache sets
-        blocks_per_head(ceil_div(problem.queries, kBlockRows)),
+        blocks_per_head(divide_up(problem.queries, kBlockRows)),
         blocks(blocks_per_head * (problem.heads / larger(1, problem.kv_heads))) {}
 
   static int64_t panel_limit(int64_t columns) {
@@ -62,7 +62,7 @@ struct ForwardWorkspace {
     const int64_t states = shape.panels > 1 ? chunk : 0;
     base_ = static_cast<unsigned char*>(base);
     keys = take(shape.panel * shape.steps);
-    values = take(ceil_div(shape.panel, Math::kGroup) * shape.columns);
+    values = take(divide_up(shape.panel, Math::kGroup) * shape.columns);
     queries = take(kBlockRows * shape.query_row);
     scores = take(kBlockRows * shape.score_row);
     product = take(kBlockRows * shape.columns);
@@ -172,7 +172,7 @@ class ForwardTask {
     } else if (keys == 0) {
       return;
     }
-    const int64_t vectors = ceil_div(keys, kLanes);
+    const int64_t vectors = divide_up(keys, kLanes);
     score(block, vectors);
     mask(block, keys, vectors);
     const float factor = (additive_ ? 1.0f : magnitude_) * kLog2e;
@@ -205,13 +205,13 @@ class ForwardTask {
   void score(const Block& block, int64_t vectors) {
     pack_rows<Math>(element(problem_.query, block.head, block.query), problem_.query.token,
                     block.rows, problem_.dim, sign_, work_.queries, shape_.query_row);
-    const int64_t panel_vectors = ceil_div(panel_keys_, kLanes);
+    const int64_t panel_vectors = divide_up(panel_keys_, kLanes);
     const float* keys = work_.keys;
     for (int64_t first = 0; first < vectors;) {
       const int64_t width = tile_vectors(panel_vectors - first);
-      multiply<Math>(work_.queries, shape_.query_row, block.rows, keys, width * kLanes,
-                     smaller(width, vectors - first), shape_.steps, work_.scores + first * kLanes,
-                     shape_.score_row);
+      multiply_in_runs<Math>(work_.queries, shape_.query_row, block.rows, keys, width * kLanes,
+                             smaller(width, vectors - first), shape_.steps,
+                             work_.scores + first * kLanes, shape_.score_row);
       keys += width * kLanes * shape_.steps;
       first += width;
     }
@@ -235,7 +235,7 @@ class ForwardTask {
     for (int64_t first = 0; first < vectors;) {
       const int64_t width = tile_vectors(vectors - first);
       multiply<Math>(work_.scores, shape_.score_row, block.rows, work_.values + first * kLanes,
-                     shape_.columns, width, ceil_div(keys, Math::kGroup),
+                     shape_.columns, width, divide_up(keys, Math::kGroup),
                      work_.product + first * kLanes, shape_.columns);
       first += width;
     }
@@ -304,13 +304,13 @@ AttentionPlan forward_plan(const AttentionForward& problem, int64_t threads) {
   if (groups == 0 || shape.blocks == 0) {
     return plan;
   }
-  const int64_t wanted = threads == 1 ? 1 : ceil_div(kTasksPerThread * threads, groups);
+  const int64_t wanted = threads == 1 ? 1 : divide_up(kTasksPerThread * threads, groups);
   const int64_t pieces = smaller(wanted, larger(1, shape.blocks / kLeastBlocks));
-  plan.chunk = ceil_div(shape.blocks, pieces);
+  plan.chunk = divide_up(shape.blocks, pieces);
   if (shape.panels > 1) {
     plan.chunk = smaller(plan.chunk, kStateBlocks);
   }
-  plan.chunks = ceil_div(shape.blocks, plan.chunk);
+  plan.chunks = divide_up(shape.blocks, plan.chunk);
   plan.tasks = groups * plan.chunks;
   plan.scratch_bytes = ForwardWorkspace<Math>(shape, plan.chunk, nullptr).bytes;
   return plan;

@@ -9,23 +9,11 @@
 // of the source are free; the last dimension is contiguous.
 #pragma once
 
+#include "integers.h"
 #include "register_tile.h"
 
 namespace patchgen_fast {
 namespace {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-constexpr int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
-}
-PATCHGEN_FAST_INLINE int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-PATCHGEN_FAST_INLINE int64_t larger(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
 
 // kLanes units from `count` numbers (all of the vector's where count is large enough), else 0.
 template <class Math, class Element>
@@ -72,7 +60,7 @@ void pack_rows(const Element* from, int64_t stride, int64_t rows, int64_t dim, f
 template <class Math, class Element>
 PATCHGEN_FAST_INLINE void pack_key_vector(const Element* from, int64_t stride, int64_t count,
                                           int64_t dim, float* to, int64_t step_stride) {
-  const int64_t steps = ceil_div(dim, Math::kGroup);
+  const int64_t steps = divide_up(dim, Math::kGroup);
   for (int64_t step = 0; step < steps; step += kLanes) {
     const int64_t d = step * Math::kGroup;
     Vec square[kLanes];
@@ -96,8 +84,8 @@ PATCHGEN_FAST_INLINE void pack_key_vector(const Element* from, int64_t stride, i
 
 template <class Math, class Element>
 void pack_keys(const Element* from, int64_t stride, int64_t keys, int64_t dim, float* to) {
-  const int64_t steps = ceil_div(dim, Math::kGroup);
-  const int64_t vectors = ceil_div(keys, kLanes);
+  const int64_t steps = divide_up(dim, Math::kGroup);
+  const int64_t vectors = divide_up(keys, kLanes);
   for (int64_t first = 0; first < vectors;) {
     const int64_t width = tile_vectors(vectors - first);
     for (int64_t v = 0; v < width; ++v) {

@@ -10,19 +10,10 @@
 
 #include "gemm.h"
 #include "gemm_tile.h"
+#include "integers.h"
 
 namespace patchgen_fast {
 namespace {
-
-PATCHGEN_FAST_INLINE int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-PATCHGEN_FAST_INLINE int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-PATCHGEN_FAST_INLINE int64_t round_up(int64_t a, int64_t b) {
-  return divide_up(a, b) * b;
-}
 
 // Vectors across the columns that start at `column`, at most a panel of them.
 PATCHGEN_FAST_INLINE int64_t panel_vecs(const GemmPlan& plan, int64_t column) {
