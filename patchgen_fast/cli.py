@@ -25,6 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "patchgen_fast.bench.command:compare",
         "Two results of bench: has anything become slower?",
     ),
+    "report": (
+        "patchgen_fast.bench.command:report",
+        "Results of bench as one HTML page, and in other tools' formats.",
+    ),
 }
 
 

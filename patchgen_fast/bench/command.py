@@ -270,13 +270,17 @@ def _write_reports(
 ) -> list[Path]:
     """Everything beside the JSON; what was written."""
     from patchgen_fast.bench import exports, plot
-    from patchgen_fast.bench.results import ResultError
+    from patchgen_fast.bench import report as report_page
+    from patchgen_fast.bench.results import ResultError, write_atomically
 
     written = [path]
     try:
         for name, target in [("markdown", markdown_path or path.with_suffix(".md")), *wanted]:
             exports.save(result, name, target)
             written.append(target)
+        page = path.with_suffix(".html")
+        write_atomically(page, report_page.render([result]).encode())
+        written.append(page)
         picture = plot_path or path.with_suffix(".png")
         if plot.save(result, picture):
             written.append(picture)
@@ -380,3 +384,43 @@ def compare(
 
         terminal.show_comparison(found)
     sys.exit(found.exit_code)
+
+
+@click.command()
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="The page [default: beside the newest result].",
+)
+@click.option(
+    "--export",
+    "exports",
+    multiple=True,
+    metavar="FORMAT=PATH",
+    help="The newest result as pytest-benchmark, github-action, junit, csv, summary or markdown.",
+)
+def report(results: tuple[Path, ...], html: Path | None, exports: tuple[str, ...]) -> None:
+    """Make one self-contained HTML page of results of `bench`.
+
+    Shows the newest of RESULTS; the others are its history. Exit codes: 0 fine, 2 a file that
+    cannot be read or written.
+    """
+    _require_packages()
+    from patchgen_fast.bench import exports as formats
+    from patchgen_fast.bench import report as page
+    from patchgen_fast.bench.results import ResultError, write_atomically
+
+    wanted = _exports(exports)
+    try:
+        documents = sorted(((_read(path), path) for path in results), key=lambda d: d[0].started)
+        newest, source = documents[-1]
+        target = html or source.with_suffix(".html")
+        write_atomically(target, page.render([document for document, _ in documents]).encode())
+        for name, path in wanted:
+            formats.save(newest, name, path)
+    except ResultError as error:
+        _stop(USAGE, str(error))
+        return
+    _say("Written: " + ", ".join(str(path) for path in (target, *(path for _, path in wanted))))

@@ -37,6 +37,7 @@ from patchgen_fast.bench.schema import (
     Calibration,
     CaseResult,
     Cell,
+    Parity,
     Ratio,
     ResultFile,
     Timing,
@@ -108,10 +109,11 @@ def run_case(
         result.items, result.reason = problem.items, problem.note
         result.cost = limits.bind(problem.cost, case.dtype, calibration)
         options.progress("step", case, "float64 truth")
-        truth, grads = _truth(case, problem)  # by all threads: it is not timed
+        referee = Referee(case, problem)  # by all threads: it is not timed
         with machine.held(threads):
-            runnables, first_calls = _checked(case, problem, result, truth, grads, options)
-            del truth
+            runnables, first_calls = _checked(case, problem, result, referee, options)
+            grads = referee.grads
+            del referee
             _time(case, result, runnables, first_calls, grads, options, sentinel)
     except Absent as reason:
         result.status, result.reason = ABSENT, str(reason)
@@ -182,14 +184,12 @@ def _checked(
     case: Case,
     problem: Problem,
     result: CaseResult,
-    truth: dict[str, torch.Tensor],
-    grads: list[torch.Tensor],
+    referee: Referee,
     options: Options,
 ) -> tuple[dict[str, Runnable], dict[str, float]]:
     """Make every contender, hold each against the truth; those that pass, and their first calls."""
     kept: dict[str, Runnable] = {}
     first_calls: dict[str, float] = {}
-    eager_values: dict[str, torch.Tensor] = {}
     for contender in problem.contenders:
         cell = Cell(name=contender.name, role=contender.role, status=OK)
         result.cells.append(cell)
@@ -202,7 +202,7 @@ def _checked(
         try:
             with dispatch.counting() as ran:
                 runnable = contender.make()
-                values = evaluate(runnable, case.phase, grads)
+                values = evaluate(runnable, case.phase, referee.grads)
         except Absent as why:
             cell.status, cell.reason = ABSENT, str(why)
             continue
@@ -216,12 +216,10 @@ def _checked(
             cell.reason = f"{type(error).__name__}: {first_line(error)}"
             continue
         first_calls[contender.name] = time.perf_counter() - started
-        if contender.role == "eager":
-            eager_values = values
         if contender.role == "ours":
             cell.backend = backends_of(ran)
-        cell.parity = parity.check(values, eager_values, truth)
-        wrong = [row.reason for row in cell.parity if not row.ok]
+        cell.parity = referee.judge(contender.role, values)
+        wrong = parity.wrong(cell.parity)
         if wrong and contender.role != "eager":
             cell.status, cell.reason = RED, "; ".join(wrong[:3])
             continue
@@ -229,14 +227,37 @@ def _checked(
     return kept, first_calls
 
 
-def _truth(case: Case, problem: Problem) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """The float64 values, and the gradients that every contender's outputs are given."""
-    exact = problem.truth()
-    grads: list[torch.Tensor] = []
-    if case.phase != "forward":
-        with torch.no_grad():
-            grads = gradients_of(exact.outputs(), case)
-    return evaluate(exact, case.phase, grads), grads
+class Referee:
+    """Holds each contender's values against the float64 truth, with eager's as the yardstick.
+
+    Eager comes first. `grads` are the gradients that every contender's outputs are given.
+    """
+
+    def __init__(self, case: Case, problem: Problem) -> None:
+        self.case, self.problem = case, problem
+        self.grads: list[torch.Tensor] = []
+        self._truth: dict[str, torch.Tensor] | None = None
+        self._eager: dict[str, torch.Tensor] = {}
+        self._verified = problem.verify() if problem.verify else None
+        if case.phase != "forward" or not self._verified:
+            exact = problem.truth()
+            if case.phase != "forward":
+                with torch.no_grad():
+                    self.grads = gradients_of(exact.outputs(), case)
+            if not self._verified:
+                self._truth = evaluate(exact, case.phase, self.grads)
+
+    def judge(self, role: str, values: dict[str, torch.Tensor]) -> list[Parity]:
+        """The rows of one contender."""
+        if role == "eager":
+            self._eager = values
+        if self._verified and role != "peer":
+            ours, eager = self._verified
+            return ours if role == "ours" else eager
+        if self._truth is None:  # a verified model's peer is the first to need it
+            self._truth = evaluate(self.problem.truth(), self.case.phase, self.grads)
+        factor = parity.PEER_FACTOR if role == "peer" else parity.FACTOR
+        return parity.check(values, self._eager, self._truth, factor)
 
 
 def _left_out(contender: Contender, case: Case, options: Options) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from patchgen_fast.bench.cases import Case
-from patchgen_fast.bench.schema import Cost
+from patchgen_fast.bench.schema import Cost, Parity
 
 DTYPE = {
     "float32": torch.float32,
@@ -59,6 +59,10 @@ class Problem:
     truth: Callable[[], Runnable]  # float64
     cost: Cost
     items: int = 0  # images a call, where images a second make sense
+    # Instead of one comparison a tensor: whole models have gradients of a single number behind many
+    # layers, whose error in one run is a throw of the dice. None: the rule tensor by tensor.
+    # Otherwise: rows of ours, and of eager.
+    verify: Callable[[], tuple[list[Parity], list[Parity]]] | None = None
     note: str = ""
 
 

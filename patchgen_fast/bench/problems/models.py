@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchgen_fast.bench import data
+from patchgen_fast.bench import data, parity
 from patchgen_fast.bench.cases import Case
 from patchgen_fast.bench.limits import ITEMSIZE, phase_total
 from patchgen_fast.bench.problems.base import (
@@ -26,7 +26,7 @@ from patchgen_fast.bench.problems.base import (
     normal,
 )
 from patchgen_fast.bench.problems.base import generator as random_of
-from patchgen_fast.bench.schema import Cost
+from patchgen_fast.bench.schema import Cost, Parity
 
 Inputs = tuple[torch.Tensor, ...]
 
@@ -38,7 +38,9 @@ def build(case: Case) -> Problem:
     else:
         make, inputs, note = _layer(case)
 
-    def fresh(dtype: torch.dtype) -> nn.Module:
+    dtype = DTYPE[case.dtype]
+
+    def fresh() -> nn.Module:
         torch.manual_seed(case.seed)
         return make().to(case.device, dtype).eval()
 
@@ -50,24 +52,35 @@ def build(case: Case) -> Problem:
         return Runnable(lambda: module(*own), leaves)
 
     def truth() -> Runnable:
-        exact = run(fresh(torch.float64), torch.float64)
+        exact = run(fresh().double(), torch.float64)  # of the weights as they are rounded
         return Runnable(lambda: _under(sdpa_kernel(SDPBackend.MATH), exact.forward), exact.leaves)
 
     def ours() -> Runnable:
         import patchgen_fast
 
-        module = fresh(DTYPE[case.dtype])
+        module = fresh()
         report = patchgen_fast.swap(module, backend=case.backend)
         if not _swapped_anything(report):
             raise Refused("swap replaced nothing")
         return run(module)
 
-    dtype = DTYPE[case.dtype]
+    def verify() -> tuple[list[Parity], list[Parity]]:
+        import patchgen_fast
+
+        found = patchgen_fast.verify(
+            fresh(),
+            *inputs,
+            gradients=case.phase != "forward",
+            backend=case.backend,
+            runs=1 if case.phase == "forward" else 3,
+        )
+        return parity.from_verify(found)
+
     return Problem(
         [
-            Contender("eager", "eager", lambda: run(fresh(dtype))),
+            Contender("eager", "eager", lambda: run(fresh())),
             Contender(
-                "torch.compile", "peer", lambda: compiled_module(fresh(dtype), run), slow_start=True
+                "torch.compile", "peer", lambda: compiled_module(fresh(), run), slow_start=True
             ),
             Contender("ours", "ours", ours),
         ],
@@ -75,6 +88,7 @@ def build(case: Case) -> Problem:
         _cost(case, make, inputs),
         items=case.dims["B"],
         note=note,
+        verify=verify,
     )
 
 

@@ -1,0 +1,304 @@
+"""Small charts as inline SVG: bars, scatters and lines that take their colours from the page.
+
+Every text and attribute is escaped here. Colours are CSS variables, so that light and dark need one
+drawing; sizes are in the view box, so that the page scales them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup, escape
+
+Scale = Callable[[float], float]
+WIDTH = 760
+
+
+@dataclass
+class Series:
+    """Points (x, y) with an optional band (low, high) and a text for each point."""
+
+    name: str
+    points: list[tuple[float, float]]
+    colour: str  # a class of the page: "ours", "eager", "peer", "c1" ...
+    bands: list[tuple[float, float]] = field(default_factory=list)
+    titles: list[str] = field(default_factory=list)
+    line: bool = True
+
+
+def number(value: float) -> str:
+    """Short text for a tick: three significant digits, thousands by suffix."""
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def log_scale(low: float, high: float, start: float, end: float) -> Scale:
+    """Positive values to pixels, logarithmic."""
+    a, b = math.log10(low), math.log10(high)
+    return lambda value: start + (math.log10(value) - a) / ((b - a) or 1.0) * (end - start)
+
+
+def linear_scale(low: float, high: float, start: float, end: float) -> Scale:
+    """Values to pixels."""
+    return lambda value: start + (value - low) / ((high - low) or 1.0) * (end - start)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten within; only powers where there are many."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if len(exponents) <= 4 else (1,)
+    return [m * 10.0**e for e in exponents for m in steps if low <= m * 10.0**e <= high * 1.0001]
+
+
+def linear_ticks(high: float) -> list[float]:
+    """About five round steps from zero."""
+    raw = high / 5 or 1.0
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw)
+    return [i * step for i in range(int(high / step + 1e-9) + 1)]
+
+
+def _text(x: float, y: float, content: str, **attributes: str) -> Markup:
+    extra = Markup("").join(
+        Markup(' {}="{}"').format(name.replace("_", "-"), value)
+        for name, value in attributes.items()
+    )
+    return Markup('<text x="{}" y="{}"{}>{}</text>').format(f"{x:.1f}", f"{y:.1f}", extra, content)
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    return Markup('<line x1="{}" y1="{}" x2="{}" y2="{}" class="{}"/>').format(
+        f"{x1:.1f}", f"{y1:.1f}", f"{x2:.1f}", f"{y2:.1f}", kind
+    )
+
+
+def frame(height: float, label: str, parts: Sequence[Markup]) -> Markup:
+    """The svg element around the parts; `label` is what a screen reader says."""
+    return Markup(
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}" xmlns="http://www.w3.org/2000/svg">'
+        "{}</svg>"
+    ).format(WIDTH, f"{height:.0f}", label, Markup("").join(parts))
+
+
+def legend(names: Sequence[tuple[str, str]], x: float, y: float) -> list[Markup]:
+    """(text, colour class) entries in one row."""
+    parts = []
+    for name, colour in names:
+        parts.append(
+            Markup('<rect x="{}" y="{}" width="11" height="11" class="{}"/>').format(
+                f"{x:.0f}", f"{y - 10:.0f}", colour
+            )
+        )
+        parts.append(_text(x + 16, y, name, **{"class": "label"}))
+        x += 16 + 7.2 * len(name) + 24
+    return parts
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: value, interval, colour class, text at its end."""
+
+    value: float
+    low: float
+    high: float
+    colour: str
+    text: str
+
+
+def bars(
+    groups: Sequence[tuple[str, Sequence[Bar]]], label: str, names: Sequence[tuple[str, str]]
+) -> Markup:
+    """Horizontal bars in named groups, with a line at 1."""
+    left, right, thick = 270.0, 130.0, 15.0
+    top = 34.0
+    highest = max((bar.high for _, group in groups for bar in group), default=1.0)
+    scale = linear_scale(0.0, max(highest, 1.05), left, WIDTH - right)
+    parts: list[Markup] = legend(names, left, 16)
+    y = top
+    rows: list[Markup] = []
+    for name, group in groups:
+        middle = y + thick * len(group) / 2 + 4
+        rows.append(_text(left - 8, middle, name, text_anchor="end", **{"class": "label"}))
+        for bar in group:
+            rows.append(
+                Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="1.5" class="{}"/>').format(
+                    f"{left:.1f}",
+                    f"{y:.1f}",
+                    f"{scale(bar.value) - left:.1f}",
+                    f"{thick - 3:.1f}",
+                    bar.colour,
+                )
+            )
+            centre = y + (thick - 3) / 2
+            rows.append(_line(scale(bar.low), centre, scale(bar.high), centre, "whisker"))
+            rows.append(_text(scale(bar.high) + 6, centre + 4, bar.text, **{"class": "value"}))
+            y += thick
+        y += 9
+    for tick in linear_ticks(max(highest, 1.05)):
+        parts.append(_line(scale(tick), top - 4, scale(tick), y, "grid"))
+        parts.append(
+            _text(scale(tick), y + 14, number(tick), text_anchor="middle", **{"class": "tick"})
+        )
+    parts += rows
+    parts.append(_line(scale(1.0), top - 4, scale(1.0), y, "one"))
+    return frame(y + 22, label, parts)
+
+
+def stacked(
+    groups: Sequence[tuple[str, Sequence[tuple[float, str, str]]]],
+    label: str,
+    names: Sequence[tuple[str, str]],
+    unit: str,
+) -> Markup:
+    """Horizontal stacks: (name, [(value, colour class, title)])."""
+    left, right, thick, top = 270.0, 90.0, 20.0, 34.0
+    highest = max((sum(v for v, *_ in stack) for _, stack in groups), default=1.0)
+    scale = linear_scale(0.0, highest, left, WIDTH - right)
+    parts: list[Markup] = legend(names, left, 16)
+    y = top
+    for name, stack in groups:
+        parts.append(_text(left - 8, y + 14, name, text_anchor="end", **{"class": "label"}))
+        total = 0.0
+        for value, colour, title in stack:
+            parts.append(
+                Markup(
+                    '<rect x="{}" y="{}" width="{}" height="{}" class="{}"><title>{}</title></rect>'
+                ).format(
+                    f"{scale(total):.1f}",
+                    f"{y:.1f}",
+                    f"{scale(total + value) - scale(total):.1f}",
+                    f"{thick:.0f}",
+                    colour,
+                    title,
+                )
+            )
+            total += value
+        parts.append(
+            _text(scale(total) + 6, y + 14, f"{number(total)} {unit}", **{"class": "value"})
+        )
+        y += thick + (10 if name.endswith("ours") else 3)
+    return frame(y + 6, label, parts)
+
+
+def chart(
+    series: Sequence[Series],
+    *,
+    label: str,
+    x_title: str,
+    y_title: str,
+    log_x: bool = True,
+    log_y: bool = True,
+    roofs: Sequence[tuple[str, list[tuple[float, float]]]] = (),
+    height: float = 360.0,
+) -> Markup:
+    """Lines or dots over two axes; `roofs` are named limit lines."""
+    left, right, top, bottom = 62.0, 20.0, 30.0, 46.0
+    everything = [p for s in series for p in s.points] + [p for _, line in roofs for p in line]
+    everything += [
+        (x, b)
+        for s in series
+        for (x, _), band in zip(s.points, s.bands, strict=False)
+        for b in band
+    ]
+    xs, ys = [x for x, _ in everything], [y for _, y in everything]
+    spread = 1.25
+    x_low, x_high = (min(xs) / spread, max(xs) * spread) if log_x else (0.0, max(xs) * 1.05)
+    y_low, y_high = (min(ys) / spread, max(ys) * spread) if log_y else (0.0, max(ys) * 1.08)
+    x_of = (log_scale if log_x else linear_scale)(x_low, x_high, left, WIDTH - right)
+    y_of = (log_scale if log_y else linear_scale)(y_low, y_high, height - bottom, top)
+    parts: list[Markup] = []
+    for tick in log_ticks(x_low, x_high) if log_x else linear_ticks(x_high):
+        parts.append(_line(x_of(tick), top, x_of(tick), height - bottom, "grid"))
+        parts.append(
+            _text(
+                x_of(tick),
+                height - bottom + 16,
+                number(tick),
+                text_anchor="middle",
+                **{"class": "tick"},
+            )
+        )
+    for tick in log_ticks(y_low, y_high) if log_y else linear_ticks(y_high):
+        parts.append(_line(left, y_of(tick), WIDTH - right, y_of(tick), "grid"))
+        parts.append(
+            _text(left - 6, y_of(tick) + 4, number(tick), text_anchor="end", **{"class": "tick"})
+        )
+    for name, line in roofs:
+        parts.append(_path([(x_of(x), y_of(y)) for x, y in line], "roof"))
+        x, y = line[-1]
+        parts.append(_text(x_of(x), y_of(y) - 5, name, text_anchor="end", **{"class": "tick"}))
+    for one in series:
+        parts += _drawn(one, x_of, y_of)
+    parts += legend([(s.name, s.colour) for s in series], left, 16)
+    parts.append(
+        _text(
+            (left + WIDTH - right) / 2,
+            height - 8,
+            x_title,
+            text_anchor="middle",
+            **{"class": "label"},
+        )
+    )
+    parts.append(
+        _text(
+            14,
+            (top + height - bottom) / 2,
+            y_title,
+            text_anchor="middle",
+            transform=f"rotate(-90 14 {(top + height - bottom) / 2:.0f})",
+            **{"class": "label"},
+        )
+    )
+    return frame(height, label, parts)
+
+
+def _drawn(one: Series, x_of: Scale, y_of: Scale) -> list[Markup]:
+    parts: list[Markup] = []
+    dots = [(x_of(x), y_of(y)) for x, y in one.points]
+    if one.bands:
+        upper = [(x_of(x), y_of(b[1])) for (x, _), b in zip(one.points, one.bands, strict=True)]
+        lower = [(x_of(x), y_of(b[0])) for (x, _), b in zip(one.points, one.bands, strict=True)]
+        parts.append(_path([*upper, *reversed(lower)], f"band {one.colour}", closed=True))
+    if one.line and len(dots) > 1:
+        parts.append(_path(dots, f"line {one.colour}"))
+    titles = one.titles or [one.name] * len(dots)
+    for (x, y), title in zip(dots, titles, strict=True):
+        parts.append(
+            Markup('<circle cx="{}" cy="{}" r="4" class="{}"><title>{}</title></circle>').format(
+                f"{x:.1f}", f"{y:.1f}", one.colour, title
+            )
+        )
+    return parts
+
+
+def _path(points: Sequence[tuple[float, float]], kind: str, *, closed: bool = False) -> Markup:
+    steps = " L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    return Markup('<path d="M{}{}" class="{}"/>').format(steps, "Z" if closed else "", kind)
+
+
+def sparkline(values: Sequence[float], title: str) -> Markup:
+    """A tiny line without axes; the last value is marked."""
+    width, height = 90.0, 22.0
+    x_of = linear_scale(0, max(len(values) - 1, 1), 4, width - 6)
+    low, high = min(values), max(values)
+    y_of = linear_scale(low, high if high > low else low + 1, height - 4, 4)
+    dots = [(x_of(i), y_of(v)) for i, v in enumerate(values)]
+    return Markup(
+        '<svg viewBox="0 0 {} {}" class="spark" role="img" aria-label="{}"><title>{}</title>{}'
+        '<circle cx="{}" cy="{}" r="2.5" class="ours"/></svg>'
+    ).format(
+        f"{width:.0f}",
+        f"{height:.0f}",
+        title,
+        title,
+        _path(dots, "line ours"),
+        f"{dots[-1][0]:.1f}",
+        f"{dots[-1][1]:.1f}",
+    )
+
+
+__all__ = ["Bar", "Series", "bars", "chart", "escape", "number", "sparkline", "stacked"]
