@@ -36,6 +36,7 @@ def attend_with(
     if cache is not None:
         past = cache.length
         key, value = cache.append(key, value)
+        is_causal = is_causal and query.shape[2] > 1  # the newest token sees all of the cache
     dropout_p = 0.0
     if isinstance(drop, nn.Dropout) and drop.training:
         dropout_p = drop.p

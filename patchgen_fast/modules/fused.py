@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 LINEAR_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, NonDynamicallyQuantizableLinear)
 CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+PLAIN_TYPES = (nn.Parameter, Tensor)
 RESIDUAL_TYPES: set[type] = set()
 """Fast layers, as exact classes, whose `fused_forward` takes a `residual`."""
 
@@ -56,7 +57,9 @@ def unobserved(module: Any) -> bool:
 
 def is_plain_tensor(tensor: Tensor | None) -> bool:
     """Not a subclass that wraps others, as sharded (DTensor) and quantised weights are."""
-    return tensor is None or not hasattr(tensor, "__tensor_flatten__")
+    if tensor is None or type(tensor) in PLAIN_TYPES:
+        return True
+    return not hasattr(tensor, "__tensor_flatten__")
 
 
 def plain_linear(module: Any) -> bool:
