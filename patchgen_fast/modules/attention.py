@@ -49,6 +49,7 @@ def attend_with(
         attn_mask,
         dropout_p=dropout_p,
         is_causal=is_causal,
+        enable_gqa=query.shape[1] != key.shape[1],
         query_offset=past,
         backend=owner._fast.backend,
     )

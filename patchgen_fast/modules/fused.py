@@ -24,8 +24,14 @@ from ..ops.qk_norm_rope import qk_norm_rope
 if TYPE_CHECKING:
     from .state import FastLayer
 
-LINEAR_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, NonDynamicallyQuantizableLinear)
-CONV_TYPES: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+# Exact classes that are known to do nothing but their formula. Adapters add those of libraries.
+LINEAR_TYPES: set[type[nn.Module]] = {nn.Linear, NonDynamicallyQuantizableLinear}
+CONV_TYPES: set[type[nn.Module]] = {nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d}
+NORM_TYPES: dict[type[nn.Module], str] = {nn.LayerNorm: "layer", nn.RMSNorm: "rms"}
+DROP_TYPES: dict[type[nn.Module], str] = {nn.Dropout: "p"}
+"""Dropouts, with the name of the attribute that holds their probability."""
+ACTIVATION_TYPES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+"""Activations without options, with the name under which `linear` has them."""
 PLAIN_TYPES = (nn.Parameter, Tensor)
 RESIDUAL_TYPES: set[type] = set()
 """Fast layers, as exact classes, whose `fused_forward` takes a `residual`."""
@@ -93,13 +99,14 @@ def inactive(module: Any) -> bool:
         return False
     if type(module) is nn.Identity:
         return True
-    return type(module) is nn.Dropout and (module.p == 0.0 or not module.training)
+    probability = DROP_TYPES.get(type(module))
+    return probability is not None and (not module.training or getattr(module, probability) == 0.0)
 
 
 def plain_layer_norm(module: Any) -> bool:
     """Whether a layer normalisation over the last dimension may be read."""
     return (
-        type(module) is nn.LayerNorm
+        NORM_TYPES.get(type(module)) == "layer"
         and len(module.normalized_shape) == 1
         and unobserved(module)
         and is_plain_tensor(module.weight)
@@ -114,15 +121,12 @@ def activation_name(module: Any) -> str | None:
     """
     if isinstance(module, nn.Module) and not unobserved(module):
         return None
-    if module is F.relu or type(module) is nn.ReLU:
-        return "relu"
-    if module is F.gelu:
-        return "gelu"
     if type(module) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-    if module is F.silu or type(module) is nn.SiLU:
-        return "silu"
-    return None
+    if isinstance(module, nn.Module):
+        return ACTIVATION_TYPES.get(type(module))
+    functions = ((F.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu"))
+    return next((name for function, name in functions if module is function), None)
 
 
 # ------------------------------------------------------------------------------------ fused steps
@@ -172,37 +176,61 @@ def autocasting(x: Tensor) -> bool:
 
 
 def normalise_heads(
-    owner: FastLayer, query: Tensor, key: Tensor, q_norm: Any, k_norm: Any
+    owner: FastLayer,
+    query: Tensor,
+    key: Tensor,
+    q_norm: Any,
+    k_norm: Any,
+    cos_sin: tuple[Tensor, Tensor] | None = None,
+    *,
+    interleaved: bool = False,
+    num_prefix_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`q_norm(query), k_norm(key)` over D for `[B, H, N, D]`, in one op where both may be read."""
-    if inactive(q_norm) and inactive(k_norm):
+    """`q_norm(query), k_norm(key)` over D for `[B, H, N, D]`, then the rotary embedding.
+
+    One op where both norms may be read; others are called, and the rotation comes after them.
+    """
+    norm = None
+    if not (inactive(q_norm) and inactive(k_norm)):
+        norm = _head_norm(q_norm, query.shape[-1])
+        if norm is None or norm != _head_norm(k_norm, key.shape[-1]):
+            query, key, norm = q_norm(query), k_norm(key), None
+    if norm is None and cos_sin is None:
         return query, key
-    norm = _head_norm(q_norm, query.shape[-1])
-    if norm is None or norm != _head_norm(k_norm, key.shape[-1]):
-        return q_norm(query), k_norm(key)
-    kind, eps = norm
+    kind, eps = norm or (None, 0.0)
+    weights = {} if norm is None else _norm_weights(q_norm, k_norm)
     return qk_norm_rope(
         query,
         key,
         norm=kind,
-        q_weight=q_norm.weight,
-        k_weight=k_norm.weight,
-        q_bias=getattr(q_norm, "bias", None),
-        k_bias=getattr(k_norm, "bias", None),
         eps=eps,
+        cos_sin=cos_sin,
+        interleaved=interleaved,
+        num_prefix_tokens=num_prefix_tokens,
         backend=owner._backend("qk_norm_rope"),
+        **weights,
     )
+
+
+def _norm_weights(q_norm: Any, k_norm: Any) -> dict[str, Tensor | None]:
+    return {
+        "q_weight": q_norm.weight,
+        "k_weight": k_norm.weight,
+        "q_bias": getattr(q_norm, "bias", None),
+        "k_bias": getattr(k_norm, "bias", None),
+    }
 
 
 def _head_norm(module: Any, head_dim: int) -> tuple[str, float] | None:
     """("layer" | "rms", eps) of a normalisation that may be read, else None."""
-    if type(module) not in (nn.LayerNorm, nn.RMSNorm) or not unobserved(module):
+    kind = NORM_TYPES.get(type(module))
+    if kind is None or not unobserved(module):
         return None
     if tuple(module.normalized_shape) != (head_dim,) or module.eps is None:
         return None
     if not is_plain_tensor(module.weight) or not is_plain_tensor(getattr(module, "bias", None)):
         return None
-    return ("layer" if type(module) is nn.LayerNorm else "rms"), float(module.eps)
+    return kind, float(module.eps)
 
 
 def adds_residual(module: Any) -> bool:

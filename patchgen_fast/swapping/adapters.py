@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,7 +34,9 @@ class Reason(NamedTuple):
 class Adapter:
     """One exact class that is known, and the subclass of it that does the same faster.
 
-    `refuse` looks at a module of the class and names what the fast class can't do.
+    `refuse` looks at a module of the class and names what the fast class can't do. `fingerprints`
+    are those of the class's source that the fast class was written and tested against: any other
+    is refused, not guessed at. None for classes that change with us.
     """
 
     source: type[nn.Module]
@@ -40,6 +44,7 @@ class Adapter:
     kind: Kind
     refuse: Callable[[nn.Module], Reason | None] | None = None
     op: str | None = None
+    fingerprints: tuple[str, ...] | None = None
 
     @property
     def main_op(self) -> str | None:
@@ -59,12 +64,25 @@ class Known:
     """Libraries whose adapters can't serve the version that is installed."""
 
 
-# library -> adapter file. A file defines ADAPTERS, and where it needs them UNSUPPORTED
-# (class -> Reason) and version_problem() -> Reason | None.
+# library -> adapter file. A file defines ADAPTERS, and where it needs it UNSUPPORTED
+# (class -> Reason).
 LIBRARIES = {
     "patchgen_fast.models": "patchgen_fast.swapping.patchgen",
     "torch.nn": "patchgen_fast.swapping.torch_nn",
+    "timm": "patchgen_fast.swapping.timm",
 }
+
+
+def fingerprint(cls: type) -> str:
+    """What a class does and what it is built of, as a short hash of its source.
+
+    Of `__init__` and `forward`, spaces and line ends aside; empty where there is no source.
+    """
+    try:
+        source = inspect.getsource(cls.__init__) + inspect.getsource(cls.forward)  # type: ignore[misc, attr-defined]
+    except (OSError, TypeError, AttributeError):
+        return ""
+    return hashlib.sha256(" ".join(source.split()).encode()).hexdigest()[:16]
 
 
 def known() -> Known:
@@ -79,10 +97,6 @@ def known() -> Known:
             table.unusable[library] = Reason(
                 "unknown_version", f"this version of {library} lacks a class that is known: {error}"
             )
-            continue
-        problem = getattr(adapter_file, "version_problem", lambda: None)()
-        if problem is not None:
-            table.unusable[library] = problem
             continue
         for adapter in adapter_file.ADAPTERS:
             table.adapters[adapter.source] = adapter

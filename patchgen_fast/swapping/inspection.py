@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..registry import OPS
-from .adapters import Adapter, Kind, Known, Reason
+from .adapters import Adapter, Kind, Known, Reason, fingerprint
 
 LOOKS_LIKE: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("patch_embed", re.compile(r"Patch_?(Un)?Embed", re.IGNORECASE)),
@@ -44,10 +44,21 @@ def reason_against(
 ) -> Reason | None:
     """Why a module of an exactly known class is left as it is, or None."""
     return (
-        _wrapped(module, sharded)
+        _changed(adapter)
+        or _wrapped(module, sharded)
         or _unusual_parameters(module)
         or (adapter.refuse(module) if adapter.refuse is not None else None)
         or _lacks_backend(adapter, backend)
+    )
+
+
+def _changed(adapter: Adapter) -> Reason | None:
+    if adapter.fingerprints is None or fingerprint(adapter.source) in adapter.fingerprints:
+        return None
+    return Reason(
+        "unknown_version",
+        f"{qualified(adapter.source)} differs from the versions that are known; "
+        "install one of those, or a newer patchgen_fast",
     )
 
 
