@@ -14,7 +14,7 @@ CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 empty :=
 BUILT := $(VENV)/.built-$(PATCHGEN_FAST_BUILD)$(subst ;,_,$(subst $(empty) ,_,$(PATCHGEN_FAST_CUDA_ARCHS)))
 
-.PHONY: help test bench readme build environment lint format wheel install-check clean
+.PHONY: help test bench readme build environment lint format wheel install-check sanitize clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -91,6 +91,20 @@ wheel: environment ## dist/*.whl
 
 install-check: environment ## the wheel in dist, installed elsewhere and used
 	.ci/install-check $(VENV)
+
+# The native part with the address and undefined-behaviour sanitizers, in a folder of its own, and the
+# tests of the CPU kernels with it.
+SANITIZERS := address,undefined
+SANITIZE_TESTS ?= $(wildcard tests/test_attention*.py tests/test_patch*.py tests/test_linear*.py tests/test_add_layer_norm*.py tests/test_qk_norm_rope*.py tests/test_varlen*.py)
+
+sanitize: environment ## the CPU kernels' tests under the sanitizers (g++; some minutes)
+	CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=$(SANITIZERS) -fno-sanitize-recover=undefined" \
+	    LDFLAGS=-fsanitize=$(SANITIZERS) PATCHGEN_FAST_BUILD=cpu \
+	    $(BIN)/python setup.py --quiet build --build-base build/sanitize
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	    PYTHONPATH=$$(echo $$PWD/lib*) $(abspath $(BIN))/python -m pytest -k "$(or $(K),cpu)" -n $(JOBS) \
+	    -p no:cacheprovider $(abspath $(SANITIZE_TESTS))
 
 clean: ## what was built; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache $(VENV)/.built-*

@@ -39,6 +39,7 @@ from toolchain import (  # noqa: E402
     assert_no_weak_symbols,
     compiler_accepts,
     cuda_arch_flags,
+    extra_flags,
     find_cuda,
     find_cxx,
     import_torch_cpp_extension,
@@ -55,11 +56,13 @@ TORCH_TARGET = "0x020a000000000000"  # 2.10, the oldest torch whose stable ABI h
 
 # Instruction sets with a file kernels_<isa>.cpp, weakest first; other CPUs than x86 have the first.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
+# Kernels throw nothing: without unwinding there is no weak personality symbol either.
+KERNEL_FLAGS = ["-fno-exceptions"]
 ISA_FLAGS: dict[str, list[str]] = {
-    "baseline": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [*AVX512],
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "baseline": KERNEL_FLAGS,
+    "avx2": [*KERNEL_FLAGS, "-mavx2", "-mfma", "-mf16c"],
+    "avx512": [*KERNEL_FLAGS, *AVX512],
+    "avx512_bf16": [*KERNEL_FLAGS, *AVX512, "-mavx512bf16"],
 }
 
 
@@ -224,7 +227,7 @@ class BuildNative(build_ext):
             include_dirs=include_dirs,
             library_dirs=cpp_extension.library_paths(),
             extra_compile_args={
-                "cxx": [*CXX_FLAGS, "-g0", *relative, *defines, *system],
+                "cxx": [*CXX_FLAGS, "-g0", *extra_flags(), *relative, *defines, *system],
                 "nvcc": nvcc_flags,
             },
             extra_link_args=link,

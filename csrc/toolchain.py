@@ -34,6 +34,10 @@ def run_quietly(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def extra_flags() -> list[str]:
+    return shlex.split(os.environ.get("CXXFLAGS", ""))
+
+
 def find_cxx() -> list[str]:
     """The C++ compiler as a command, once it is known to compile C++20."""
     command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
@@ -156,9 +160,8 @@ class ObjectCompiler:
 
     def command(self, source: Path, flags: list[str]) -> tuple[Path, list[str]]:
         target = self.folder / ("_".join(source.with_suffix(".o").parts[1:]))
-        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         return target, [
-            *self.cxx, *CXX_FLAGS, *extra, *flags, *self.includes,
+            *self.cxx, *CXX_FLAGS, *extra_flags(), *flags, *self.includes,
             "-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(target),
         ]  # fmt: skip
 
