@@ -247,8 +247,9 @@ class ForwardTask {
     for (int64_t r = 0; r < kStatRows; r += kLanes) {
       // A row that has seen no key before has sum and state 0: any finite decay will do.
       const Vec before = load(old_maxima + r);
-      const Vec fall = (before - load(block.maxima + r)) * broadcast(factor);
-      const Vec kept = select(before == kMinusInfinity, Vec{}, exp2_approx(fall));
+      const Vec fall = before - load(block.maxima + r);
+      const Vec kept =
+          select(before == kMinusInfinity, Vec{}, exp2_scaled(fall, broadcast(factor)));
       store(decay + r, kept);
       store(block.sums + r, fma(load(block.sums + r), kept, load(new_sums + r)));
     }

@@ -16,7 +16,6 @@ namespace {
 
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 constexpr float kLog2e = 1.44269504088896340736f;
-constexpr float kLn2 = 0.69314718055994530942f;
 
 // Scores from `limit` on belong to keys that the row does not see.
 PATCHGEN_FAST_INLINE void hide_keys_from(float* scores, int64_t limit, int64_t vectors) {
@@ -116,8 +115,7 @@ void softmax_rows(float* scores, int64_t score_row, int64_t vectors, float facto
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       float* row = scores + r * score_row;
-      const Vec x = (load(row + v * kLanes) - center[r]) * broadcast(factor);
-      const Vec p = exp2_approx(x);
+      const Vec p = exp2_scaled(load(row + v * kLanes) - center[r], broadcast(factor));
       sum[r] += p;
       store_probability<Math>(row, v * kLanes, p);
     }
@@ -143,7 +141,7 @@ void softmax_block(float* scores, int64_t score_row, int64_t rows, int64_t vecto
 // Natural logarithm of sum exp(score), from the maximum of the scores times `to_natural` and the
 // sum.
 PATCHGEN_FAST_INLINE Vec log_sum_exp(Vec maximum, Vec sum, float to_natural) {
-  const Vec lse = fma(maximum, broadcast(to_natural), log2_approx(sum) * broadcast(kLn2));
+  const Vec lse = add_log(maximum * broadcast(to_natural), sum);
   return select(sum == 0.0f, broadcast(kMinusInfinity), lse);
 }
 

@@ -11,7 +11,7 @@
 //   fma max min select       lane by lane
 //   sum_lanes max_lanes      over the lanes
 //   transpose                of a kLanes x kLanes tile in registers
-//   exp2_approx              simd_math.h
+//   exp2_scaled add_log dot_pairs   simd_math.h
 #pragma once
 
 #include <cstddef>

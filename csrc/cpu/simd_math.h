@@ -18,37 +18,39 @@ PATCHGEN_FAST_INLINE Vec exp2_fraction(Vec r) {
   return fma(p, r, broadcast(1.0f));
 }
 
-// 2^x for x <= 128. Below -126 the result loses precision and then is 0; -inf gives 0, NaN NaN.
-PATCHGEN_FAST_INLINE Vec exp2_approx(Vec x) {
+// 2^(x * factor) where that is at most 2^128. Below 2^-126 the result loses precision and then is
+// 0; -inf gives 0, NaN NaN. The fraction is taken from the exact product, so that x * factor is
+// never rounded: for x of -10 that would be an error of several units in the last place.
+PATCHGEN_FAST_INLINE Vec exp2_scaled(Vec x, Vec factor) {
 #if defined(__AVX512F__)
-  // x - round(x), then a multiplication by 2^round(x): scalef floors, hence the rounding first.
-  const Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_ps(exp2_fraction(x - n), n);
+  const Vec n = _mm512_roundscale_ps(x * factor, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(exp2_fraction(fma(x, factor, -n)), n);
 #else
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum, whence it goes
   // into the exponent. The order of max's operands keeps a NaN, and so does the mask.
-  const Vec floored = max(broadcast(-127.0f), x);
+  const Vec product = x * factor;
   const Vec shifter = broadcast(0x1.8p23f);
-  const Vec shifted = floored + shifter;
-  const Vec p = exp2_fraction(floored - (shifted - shifter));
+  const Vec shifted = max(broadcast(-127.0f), product) + shifter;
+  const Vec p = exp2_fraction(fma(x, factor, shifter - shifted));
   const VecInt power = bit_cast<VecInt>(p) + (bit_cast<VecInt>(shifted) << 23);
-  return bit_cast<Vec>(power & ~(x <= broadcast(-127.0f)));
+  return bit_cast<Vec>(power & ~(product <= broadcast(-127.0f)));
 #endif
 }
 
-// log2(x) of a positive normal number, to 2 ulp: exponent + 2/ln2 * artanh((m - 1) / (m + 1)) with
-// the fraction m in [sqrt(1/2), sqrt(2)), by its odd series (next term below 2^-30).
-PATCHGEN_FAST_INLINE Vec log2_approx(Vec x) {
+// base + ln(x) of a positive normal x: x = 2^exponent * m with the fraction m in [sqrt(1/2),
+// sqrt(2)), and ln(m) = 2 artanh((m - 1) / (m + 1)) by its odd series (next term below 2^-30). What
+// is small is added up first, so that the result is rounded twice at its own size, not four times.
+PATCHGEN_FAST_INLINE Vec add_log(Vec base, Vec x) {
   const VecInt offset = bit_cast<VecInt>(x) - 0x3f3504f3;  // the bits of sqrt(1/2)
   const VecInt exponent = offset >> 23;
   const Vec m = bit_cast<Vec>(bit_cast<VecInt>(x) - (exponent << 23));
   const Vec t = (m - broadcast(1.0f)) / (m + broadcast(1.0f));
   const Vec t2 = t * t;
-  Vec series = fma(broadcast(1.0f / 9), t2, broadcast(1.0f / 7));
-  series = fma(series, t2, broadcast(1.0f / 5));
-  series = fma(series, t2, broadcast(1.0f / 3));
-  series = fma(series, t2, broadcast(1.0f));
-  return fma(series, t * broadcast(2.88539008f), convert_lanes<Vec>(exponent));
+  Vec series = fma(broadcast(2.0f / 9), t2, broadcast(2.0f / 7));
+  series = fma(series, t2, broadcast(2.0f / 5));
+  series = fma(series, t2, broadcast(2.0f / 3));
+  series = fma(series, t2, broadcast(2.0f));
+  return fma(convert_lanes<Vec>(exponent), broadcast(0.69314718f), fma(series, t, base));
 }
 
 // Two bf16 numbers in each 32-bit lane, the first in the low half.
