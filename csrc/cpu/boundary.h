@@ -84,4 +84,29 @@ Tensor new_tensor(const int64_t (&sizes)[Dims], ScalarType type) {
   return tensor;
 }
 
+inline Tensor nothing(const Tensor& like) {
+  return new_tensor({0}, like.scalar_type());
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// For kernels that take any strides but the last, which is 1. Gradients may be expanded, with 0.
+inline Tensor last_stride_one(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.stride(last) == 1 || tensor.size(last) == 1 ? tensor
+                                                            : torch::stable::contiguous(tensor);
+}
+
+// Small parameters that kernels take as contiguous floats, whatever they are stored as.
+inline OptionalTensor as_floats(const OptionalTensor& tensor) {
+  if (!tensor.has_value()) {
+    return tensor;
+  }
+  return as_contiguous(tensor->scalar_type() == ScalarType::Float
+                           ? *tensor
+                           : torch::stable::to(*tensor, ScalarType::Float));
+}
+
 }  // namespace patchgen_fast

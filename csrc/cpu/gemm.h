@@ -23,6 +23,7 @@ struct GemmPlan {
   int64_t column_tasks;
   int64_t tasks;
   bool rows_outermost;  // all of W stays in the L2 cache: finish a row before the next
+  int64_t pack_tasks;
   size_t packed_bytes;  // of W, and after it the bias as floats
   size_t pack_scratch_bytes;
   size_t scratch_bytes;  // of a task

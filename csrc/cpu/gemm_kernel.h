@@ -44,14 +44,15 @@ PATCHGEN_FAST_INLINE int64_t longest_work(Split split, int64_t tiles, int64_t pa
 
 // Blocks of rows; as many as make the threads' shares even, and columns cut only where rows are
 // few.
-static Split split_work(int64_t tiles, int64_t block_tiles, int64_t panels, int64_t threads) {
+static Split split_work(int64_t tiles, int64_t block_tiles, int64_t panels,
+                        int64_t most_column_tasks, int64_t threads) {
   const int64_t fewest = divide_up(tiles, block_tiles);
   Split best{fewest, 1};
   if (tiles == 0 || threads <= 1 || fewest >= 8 * threads) {
     return best;
   }
   int64_t least = longest_work(best, tiles, panels, threads);
-  const int64_t most_column_tasks = smaller(panels, threads);
+  most_column_tasks = smaller(most_column_tasks, threads);
   for (int64_t column_tasks = 1; column_tasks <= most_column_tasks; ++column_tasks) {
     const int64_t rounds = divide_up(fewest * column_tasks, threads);
     const int64_t row_tasks = smaller(tiles, rounds * threads / column_tasks);
@@ -68,10 +69,11 @@ static Split split_work(int64_t tiles, int64_t block_tiles, int64_t panels, int6
   return best;
 }
 
-// `extra_bytes_per_row`: of a task's scratch, beside the block of A.
+// `extra_bytes_per_row`: of a task's scratch, beside the block of A. `whole_rows`: a task owns all
+// columns of its rows, even where that leaves threads idle.
 template <class Operand>
 static GemmPlan plan_gemm(int64_t rows, int64_t columns, int64_t depth, int64_t threads,
-                          size_t extra_bytes_per_row) {
+                          size_t extra_bytes_per_row, bool whole_rows = false) {
   GemmPlan plan{};
   plan.rows = rows;
   plan.columns = columns;
@@ -79,8 +81,10 @@ static GemmPlan plan_gemm(int64_t rows, int64_t columns, int64_t depth, int64_t 
   plan.groups = divide_up(depth, Operand::kPerGroup);
   plan.stride = block_stride(plan.groups);
   plan.panels = divide_up(columns, kPanelColumns);
+  plan.pack_tasks = plan.panels;
   const int64_t tiles = divide_up(rows, kTileRows);
-  const Split split = split_work(tiles, most_tiles(plan.stride), plan.panels, threads);
+  const Split split = split_work(tiles, most_tiles(plan.stride), plan.panels,
+                                 whole_rows ? 1 : plan.panels, threads);
   plan.rows_per_task = divide_up(tiles, split.row_tasks > 0 ? split.row_tasks : 1) * kTileRows;
   plan.panels_per_task = divide_up(plan.panels, split.column_tasks);
   plan.column_tasks = plan.panels > 0 ? divide_up(plan.panels, plan.panels_per_task) : 0;

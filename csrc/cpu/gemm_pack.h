@@ -8,6 +8,8 @@
 // the transpose, where nothing has to be transposed).
 #pragma once
 
+#include <type_traits>
+
 #include "gemm.h"
 #include "gemm_tile.h"
 #include "integers.h"
@@ -77,6 +79,38 @@ static void pack_rows(Word* panel, const GemmPlan& plan, int64_t column, const E
     const int64_t rows = smaller(plan.columns - column - v * kLanes, kLanes);
     pack_vector<Operand>(panel + v * kLanes, vecs * kLanes, w + v * kLanes * ld, ld, rows,
                          plan.depth);
+  }
+}
+
+// The elements of one row of W[depth, columns] as words: kLanes columns, of which `left` exist. A
+// group of two takes the second element from the row below, `second`; null is a row of zeros.
+template <class Operand, class Element>
+PATCHGEN_FAST_INLINE Vec load_column_words(const Element* from, const Element* second,
+                                           int64_t left) {
+  if constexpr (Operand::kPerGroup == 1) {
+    return load_up_to(from, left);
+  } else {
+    const Half low = load_half_up_to(from, left);
+    const Half high = second != nullptr ? load_half_up_to(second, left) : Half{};
+    return bit_cast<Vec>(convert_lanes<VecUint>(low) | (convert_lanes<VecUint>(high) << 16));
+  }
+}
+
+// The panel of W[depth, columns] that starts at `column`, from its group `first_group` on: `depth`
+// rows, `ld` apart; `w` points to the first of them, at column 0.
+template <class Operand, class Element>
+static void pack_columns(Word* panel, const GemmPlan& plan, int64_t column, int64_t first_group,
+                         const Element* w, int64_t ld, int64_t depth) {
+  const int64_t vecs = panel_vecs(plan, column);
+  Word* to = panel + first_group * vecs * kLanes;
+  for (int64_t k = 0; k < depth; k += Operand::kPerGroup) {
+    const Element* row = w + k * ld + column;
+    const Element* second = k + 1 < depth ? row + ld : nullptr;
+    for (int64_t v = 0; v < vecs; ++v, to += kLanes) {
+      const int64_t at = v * kLanes;
+      store_bits(to, load_column_words<Operand>(row + at, second == nullptr ? second : second + at,
+                                                plan.columns - column - at));
+    }
   }
 }
 

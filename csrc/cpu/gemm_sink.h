@@ -6,24 +6,24 @@
 namespace patchgen_fast {
 namespace {
 
-template <class Out>
+template <class Out, class Addend = Out>
 struct RowTarget {
   Out* out;
-  const Out* addend;
+  const Addend* addend;
 };
 
 // out = acc + bias, or acc + bias + addend, row by row, rounded once.
-template <class Out>
+template <class Out, class Addend = Out>
 struct RowSink {
-  const RowTarget<Out>* rows;  // of this block of A
-  const float* bias;           // padded to whole panels
+  const RowTarget<Out, Addend>* rows;  // of this block of A
+  const float* bias;                   // padded to whole panels
   int64_t columns;
   bool adds;  // the rows' addends
 
   // Fetches the lines that the tile will be written to, while it is being computed.
   template <int Rows, int Vecs>
   PATCHGEN_FAST_INLINE_MEMBER void expect(int64_t row, int64_t column) const {
-    const RowTarget<Out>* targets = rows + row;
+    const RowTarget<Out, Addend>* targets = rows + row;
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
       const char* line = reinterpret_cast<const char*>(targets[r].out + column);
@@ -56,11 +56,11 @@ struct RowSink {
   template <bool Adds, int Rows, int Vecs>
   PATCHGEN_FAST_INLINE_MEMBER void put_whole(const Vec (&acc)[Rows][Vecs], int64_t row,
                                              int64_t column) const {
-    const RowTarget<Out>* targets = rows + row;
+    const RowTarget<Out, Addend>* targets = rows + row;
     const float* bias_here = bias + column;
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      const RowTarget<Out> target = targets[r];
+      const RowTarget<Out, Addend> target = targets[r];
 #pragma GCC unroll 4
       for (int v = 0; v < Vecs; ++v) {
         Vec x = acc[r][v] + load(bias_here + v * kLanes);

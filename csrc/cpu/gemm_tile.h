@@ -53,6 +53,19 @@ struct OperandFor<BFloat16> {
 };
 #endif
 
+// body(Element{}) for the element type of `dtype`, one of the three float types.
+template <class Body>
+PATCHGEN_FAST_INLINE auto for_float_type(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::bfloat16:
+      return body(BFloat16{});
+    case Dtype::float16:
+      return body(Float16{});
+    default:
+      return body(float{});
+  }
+}
+
 PATCHGEN_FAST_INLINE Vec broadcast_word(const Word* word) {
   return broadcast(bit_cast<float>(*word));
 }

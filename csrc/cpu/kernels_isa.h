@@ -6,8 +6,14 @@
 // would stop an older CPU with SIGILL; the build checks with nm that there is none. Hence: no
 // std:: containers, no exceptions, no allocation in kernels.
 #include "attention_kernel.h"
+#include "gemm_outer_kernel.h"
+#include "gemm_sums_kernel.h"
 #include "kernels.h"
+#include "layer_norm_kernel.h"
+#include "linear_kernel.h"
 #include "patch_embed_kernel.h"
+#include "patch_unembed_kernel.h"
+#include "qk_norm_rope_kernel.h"
 #include "simd.h"
 
 namespace patchgen_fast {

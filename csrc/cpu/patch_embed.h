@@ -13,20 +13,25 @@ struct PatchGrid {
   int64_t grid_t, grid_h, grid_w;                            // patches
   int64_t patch_t, patch_h, patch_w;
 
+  // Pixels whose channels lie side by side are read in that order, and the weights are permuted to
+  // match while they are packed. Otherwise lines are read channel by channel.
+  bool interleaved;
+
   int64_t patches() const { return grid_t * grid_h * grid_w; }
   int64_t depth() const { return channels * patch_t * patch_h * patch_w; }
+};
 
-  // Pixels whose channels lie side by side are read in that order, and the weights are permuted to
-  // match while they are packed. Any other layout is read channel by channel.
-  bool interleaved() const { return channels > 1 && stride_c == 1 && stride_w == channels; }
+// Images as an operand: normalised and cut into patches while they are read.
+struct PatchSource {
+  PatchGrid grid;
+  const void* images;
+  Dtype dtype;
+  const float* mean;  // [C] on the 0 to 1 scale, or null
+  const float* std;   // [C], or null
 };
 
 struct PatchEmbedForward {
-  PatchGrid grid;
-  const void* images;
-  Dtype image_dtype;
-  const float* mean;      // [C] on the 0 to 1 scale, or null
-  const float* std;       // [C], or null
+  PatchSource source;
   Dtype dtype;            // of weight, bias, pos_embed, prefix and out
   const void* weight;     // [E, C, patch_t, patch_h, patch_w]
   const void* bias;       // [E] or null

@@ -18,7 +18,7 @@ namespace {
 
 // Elements that one line gives to one patch.
 PATCHGEN_FAST_INLINE int64_t run_length(const PatchGrid& g) {
-  return g.patch_w * (g.interleaved() ? g.channels : 1);
+  return g.patch_w * (g.interleaved ? g.channels : 1);
 }
 
 // A line's buffers: as it stands in the image, converted, and the scale and shift of each element
@@ -48,14 +48,16 @@ class LineReader {
  public:
   using Element = typename OperandFor<Weight>::type::Element;
 
-  LineReader(const PatchGrid& grid, const float* mean, const float* std, char* buffers)
-      : grid_(grid), mean_(mean), std_(std) {
+  LineReader(const PatchSource& source, void* scratch)
+      : grid_(source.grid), mean_(source.mean), std_(source.std) {
+    const PatchGrid& grid = source.grid;
     const size_t bytes = line_buffer_bytes(grid);
+    char* buffers = static_cast<char*>(scratch);
     strided_ = reinterpret_cast<Pixel*>(buffers);
     converted_ = reinterpret_cast<Element*>(buffers + bytes);
     scales_ = reinterpret_cast<float*>(buffers + 2 * bytes);
     shifts_ = reinterpret_cast<float*>(buffers + 3 * bytes);
-    if (grid.interleaved()) {
+    if (grid.interleaved) {
       for (int64_t i = 0; i < grid.grid_w * run_length(grid); ++i) {
         scales_[i] = scale(i % grid.channels);
         shifts_[i] = shift(i % grid.channels);
@@ -65,14 +67,14 @@ class LineReader {
 
   // `count` elements from `line` on, of channel `c` or, if interleaved, of all channels.
   const Element* read(const Pixel* line, int64_t c, int64_t count) const {
-    if (!grid_.interleaved() && grid_.stride_w != 1) {
+    if (!grid_.interleaved && grid_.stride_w != 1) {
       for (int64_t i = 0; i < count; ++i) {
         strided_[i] = line[i * grid_.stride_w];
       }
       line = strided_;
     }
     if (kIsByte || mean_ != nullptr || std_ != nullptr) {
-      return grid_.interleaved() ? normalise_interleaved(line, count) : normalise(line, c, count);
+      return grid_.interleaved ? normalise_interleaved(line, count) : normalise(line, c, count);
     }
     return convert(line, count);
   }
@@ -221,7 +223,7 @@ static void gather_side_by_side(const LineReader<Pixel, Weight>& reader, const P
   const int64_t run = run_length(g);
   const int64_t run_bytes = run * static_cast<int64_t>(sizeof(Element));
   const int64_t line_bytes = count * run * static_cast<int64_t>(sizeof(Pixel));
-  const int64_t channels = g.interleaved() ? 1 : g.channels;
+  const int64_t channels = g.interleaved ? 1 : g.channels;
   for (int64_t c = 0; c < channels; ++c) {
     const Pixel* plane = corner + c * g.stride_c;
     const Pixel* next_plane = c + 1 < channels ? plane + g.stride_c : next;
@@ -240,9 +242,11 @@ static void gather_side_by_side(const LineReader<Pixel, Weight>& reader, const P
 // Patches [first, first + rows) into rows of `a`, `stride` words apart. Where the depth does not
 // fill its last group, the rest of the group is 0.
 template <class Pixel, class Weight>
-static void gather_patches(const LineReader<Pixel, Weight>& reader, const PatchGrid& g,
-                           const Pixel* images, int64_t first, int64_t rows, Word* a,
-                           int64_t stride) {
+static void gather_patches_of(const PatchSource& source, int64_t first, int64_t rows, Word* a,
+                              int64_t stride, void* scratch) {
+  const LineReader<Pixel, Weight> reader(source, scratch);
+  const PatchGrid& g = source.grid;
+  const Pixel* images = static_cast<const Pixel*>(source.images);
   using Operand = typename OperandFor<Weight>::type;
   if (g.depth() % Operand::kPerGroup != 0) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -258,6 +262,21 @@ static void gather_patches(const LineReader<Pixel, Weight>& reader, const PatchG
                         reinterpret_cast<char*>(a + row * stride),
                         stride * static_cast<int64_t>(sizeof(Word)));
     row += count;
+  }
+}
+
+template <class Weight>
+static void gather_patches(const PatchSource& source, int64_t first, int64_t rows, Word* a,
+                           int64_t stride, void* scratch) {
+  switch (source.dtype) {
+    case Dtype::uint8:
+      return gather_patches_of<uint8_t, Weight>(source, first, rows, a, stride, scratch);
+    case Dtype::bfloat16:
+      return gather_patches_of<BFloat16, Weight>(source, first, rows, a, stride, scratch);
+    case Dtype::float16:
+      return gather_patches_of<Float16, Weight>(source, first, rows, a, stride, scratch);
+    default:
+      return gather_patches_of<float, Weight>(source, first, rows, a, stride, scratch);
   }
 }
 

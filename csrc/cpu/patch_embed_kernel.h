@@ -17,12 +17,13 @@ namespace {
 template <class Weight>
 static GemmPlan plan_patch_embed(const PatchEmbedForward& f, int64_t threads) {
   using Operand = typename OperandFor<Weight>::type;
-  const int64_t rows = f.grid.batch * f.grid.patches();
+  const PatchGrid& grid = f.source.grid;
+  const int64_t rows = grid.batch * grid.patches();
   GemmPlan plan =
-      plan_gemm<Operand>(rows, f.embed, f.grid.depth(), threads, sizeof(RowTarget<Weight>));
-  plan.scratch_bytes += gather_scratch_bytes(f.grid);
+      plan_gemm<Operand>(rows, f.embed, grid.depth(), threads, sizeof(RowTarget<Weight>));
+  plan.scratch_bytes += gather_scratch_bytes(grid);
   plan.pack_scratch_bytes =
-      f.grid.interleaved() ? static_cast<size_t>(kPanelColumns * plan.depth) * sizeof(Weight) : 0;
+      grid.interleaved ? static_cast<size_t>(kPanelColumns * plan.depth) * sizeof(Weight) : 0;
   return plan;
 }
 
@@ -43,12 +44,13 @@ template <class Weight>
 static void pack_patch_embed(const PatchEmbedForward& f, const GemmPlan& plan, int64_t panel,
                              void* scratch) {
   using Operand = typename OperandFor<Weight>::type;
+  const PatchGrid& grid = f.source.grid;
   const int64_t column = panel * kPanelColumns;
   const Weight* w = static_cast<const Weight*>(f.weight) + column * plan.depth;
-  if (f.grid.interleaved()) {
+  if (grid.interleaved) {
     Weight* permuted = static_cast<Weight*>(scratch);
-    interleave_rows(permuted, w, smaller(plan.columns - column, kPanelColumns), f.grid.channels,
-                    plan.depth / f.grid.channels);
+    interleave_rows(permuted, w, smaller(plan.columns - column, kPanelColumns), grid.channels,
+                    plan.depth / grid.channels);
     w = permuted;
   }
   Word* packed = static_cast<Word*>(f.packed);
@@ -61,7 +63,7 @@ static void pack_patch_embed(const PatchEmbedForward& f, const GemmPlan& plan, i
 template <class Weight>
 static void place_tokens(const PatchEmbedForward& f, const GemmTask& t,
                          RowTarget<Weight>* targets) {
-  const int64_t patches = f.grid.patches();
+  const int64_t patches = f.source.grid.patches();
   const Weight* positions = static_cast<const Weight*>(f.pos_embed);
   for (int64_t row = 0; row < t.rows; ++row) {
     const int64_t image = (t.first_row + row) / patches;
@@ -76,75 +78,36 @@ static void place_tokens(const PatchEmbedForward& f, const GemmTask& t,
   }
 }
 
-template <class Pixel, class Weight>
+template <class Weight>
 static void embed_patches(const PatchEmbedForward& f, const GemmPlan& plan, int64_t task,
                           void* scratch) {
   using Operand = typename OperandFor<Weight>::type;
   const GemmTask t = gemm_task(plan, task);
   Word* a = static_cast<Word*>(scratch);
   auto* targets = reinterpret_cast<RowTarget<Weight>*>(a + plan.rows_per_task * plan.stride);
-  char* buffers = reinterpret_cast<char*>(targets + plan.rows_per_task);
-  const LineReader<Pixel, Weight> reader(f.grid, f.mean, f.std, buffers);
-  gather_patches(reader, f.grid, static_cast<const Pixel*>(f.images), t.first_row, t.rows, a,
-                 plan.stride);
+  void* lines = targets + plan.rows_per_task;
+  gather_patches<Weight>(f.source, t.first_row, t.rows, a, plan.stride, lines);
   place_tokens(f, t, targets);
   const Word* packed = static_cast<const Word*>(f.packed);
   const float* bias = reinterpret_cast<const float*>(packed + bias_offset(plan));
-  multiply_block<Operand>(plan, t, a, packed,
-                          RowSink<Weight>{targets, bias, f.embed, f.pos_embed != nullptr});
-}
-
-template <class Weight>
-static void embed_patches_of(const PatchEmbedForward& f, const GemmPlan& plan, int64_t task,
-                             void* scratch) {
-  switch (f.image_dtype) {
-    case Dtype::uint8:
-      return embed_patches<uint8_t, Weight>(f, plan, task, scratch);
-    case Dtype::bfloat16:
-      return embed_patches<BFloat16, Weight>(f, plan, task, scratch);
-    case Dtype::float16:
-      return embed_patches<Float16, Weight>(f, plan, task, scratch);
-    default:
-      return embed_patches<float, Weight>(f, plan, task, scratch);
-  }
+  const bool adds = f.pos_embed != nullptr;
+  multiply_block<Operand>(plan, t, a, packed, RowSink<Weight>{targets, bias, f.embed, adds});
 }
 
 // -- the kernel table's entries -------------------------------------------------------------------
 
 static GemmPlan patch_embed_plan(const PatchEmbedForward& f, int64_t threads) {
-  switch (f.dtype) {
-    case Dtype::bfloat16:
-      return plan_patch_embed<BFloat16>(f, threads);
-    case Dtype::float16:
-      return plan_patch_embed<Float16>(f, threads);
-    default:
-      return plan_patch_embed<float>(f, threads);
-  }
+  return for_float_type(f.dtype, [&]<class T>(T) { return plan_patch_embed<T>(f, threads); });
 }
 
-// Packs panel `task` of `plan.panels`.
 static void patch_embed_pack(const PatchEmbedForward& f, const GemmPlan& plan, int64_t task,
                              void* scratch) {
-  switch (f.dtype) {
-    case Dtype::bfloat16:
-      return pack_patch_embed<BFloat16>(f, plan, task, scratch);
-    case Dtype::float16:
-      return pack_patch_embed<Float16>(f, plan, task, scratch);
-    default:
-      return pack_patch_embed<float>(f, plan, task, scratch);
-  }
+  for_float_type(f.dtype, [&]<class T>(T) { pack_patch_embed<T>(f, plan, task, scratch); });
 }
 
 static void patch_embed_forward(const PatchEmbedForward& f, const GemmPlan& plan, int64_t task,
                                 void* scratch) {
-  switch (f.dtype) {
-    case Dtype::bfloat16:
-      return embed_patches_of<BFloat16>(f, plan, task, scratch);
-    case Dtype::float16:
-      return embed_patches_of<Float16>(f, plan, task, scratch);
-    default:
-      return embed_patches_of<float>(f, plan, task, scratch);
-  }
+  for_float_type(f.dtype, [&]<class T>(T) { embed_patches<T>(f, plan, task, scratch); });
 }
 
 }  // namespace

@@ -60,6 +60,11 @@ PATCHGEN_FAST_INLINE void store_half_partial(void* to, Half bits, int64_t count)
 #endif
 }
 
+template <class Element>
+PATCHGEN_FAST_INLINE Half load_half_up_to(const Element* from, int64_t count) {
+  return count >= kLanes ? load_bits<Half>(from) : load_half_partial(from, count);
+}
+
 // -- float ----------------------------------------------------------------------------------------
 
 PATCHGEN_FAST_INLINE Vec load(const float* from) {

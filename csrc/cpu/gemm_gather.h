@@ -1,0 +1,84 @@
+// Blocks of A from matrices in memory: rows as they stand, or columns, for products with the
+// transpose. (patch_embed_gather.h gathers them from images.)
+#pragma once
+
+#include "gemm_pack.h"
+
+namespace patchgen_fast {
+namespace {
+
+// Where the rows of a matrix lie: `group` rows `stride` elements apart, then the next group,
+// `group_stride` after the last. Tokens behind a prefix are such a matrix, one group an image.
+template <class Element>
+struct RowsOf {
+  const Element* first;
+  int64_t stride;
+  int64_t group;
+  int64_t group_stride;
+
+  const Element* row(int64_t index) const {
+    return first + index / group * group_stride + index % group * stride;
+  }
+};
+
+// One row of `depth` elements; where they do not fill the last group, the rest of it is 0.
+template <class Operand, class Element>
+PATCHGEN_FAST_INLINE void gather_row(Word* to, const Element* from, int64_t depth) {
+  if constexpr (std::is_same_v<Element, typename Operand::Element>) {
+    if (depth % Operand::kPerGroup != 0) {
+      to[depth / Operand::kPerGroup] = 0;
+    }
+    __builtin_memcpy(to, from, static_cast<size_t>(depth) * sizeof(Element));
+  } else {
+    float* floats = reinterpret_cast<float*>(to);
+    for (int64_t k = 0; k < depth; k += kLanes) {
+      store(floats + k, load_up_to(from + k, depth - k));  // rows are padded to whole vectors
+    }
+  }
+}
+
+// Rows [first, first + rows).
+template <class Operand, class Element>
+static void gather_rows(Word* a, int64_t stride, const RowsOf<Element>& from, int64_t first,
+                        int64_t rows, int64_t depth) {
+  for (int64_t r = 0; r < rows; ++r) {
+    gather_row<Operand>(a + r * stride, from.row(first + r), depth);
+  }
+}
+
+// Group `index` of kLanes columns that start at `column`, of which `left` exist: one vector of
+// words. `rows` holds the addresses of the `depth` rows.
+template <class Operand, class Element>
+PATCHGEN_FAST_INLINE Vec load_column_group(const Element* const* rows, int64_t depth, int64_t index,
+                                           int64_t column, int64_t left) {
+  const int64_t row = index * Operand::kPerGroup;
+  if (row >= depth) {
+    return Vec{};
+  }
+  const Element* second = row + 1 < depth ? rows[row + 1] + column : nullptr;
+  return load_column_words<Operand>(rows[row] + column, second, left);
+}
+
+// Columns [first, first + columns) of the `depth` rows at `rows`, as rows of `a`.
+template <class Operand, class Element>
+static void gather_columns(Word* a, int64_t stride, const Element* const* rows, int64_t depth,
+                           int64_t first, int64_t columns) {
+  const int64_t groups = divide_up(depth, Operand::kPerGroup);
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    const int64_t left = columns - c;
+    for (int64_t k = 0; k < groups; k += kLanes) {
+      Vec tile[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        tile[i] = load_column_group<Operand>(rows, depth, k + i, first + c, left);
+      }
+      transpose(tile);
+      for (int i = 0; i < kLanes && i < left; ++i) {
+        store_bits(a + (c + i) * stride + k, tile[i]);  // rows are padded to whole vectors
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace patchgen_fast

@@ -1,0 +1,157 @@
+// A linear layer: product, bias, activation and residual in one pass over the output.
+//
+//     out = activation(input @ W^T + bias) + residual
+//
+// One task owns a block of rows (48 to 96) and all or some columns. Without an activation the
+// epilogue runs in registers; with one, the tile goes through a buffer of 1.5 KiB in L1, so that
+// the exponentials are compiled once and not into every shape of tile. Bytes moved: input, residual
+// and output once, the weight twice (packing).
+#pragma once
+
+#include "gemm_gather.h"
+#include "gemm_kernel.h"
+#include "linear_activation.h"
+
+namespace patchgen_fast {
+namespace {
+
+// Rows of out, residual and preactivation lie `columns` apart; pointers are to the block's first
+// row.
+template <class Out>
+struct ActivationSink {
+  Out* out;
+  Out* preactivation;   // or null
+  const Out* residual;  // or null
+  const float* bias;
+  int64_t columns;
+  Activation activation;
+
+  template <int Rows, int Vecs>
+  PATCHGEN_FAST_INLINE_MEMBER void expect(int64_t, int64_t) const {}
+
+  template <int Rows, int Vecs>
+  PATCHGEN_FAST_INLINE_MEMBER void put(const Vec (&acc)[Rows][Vecs], int64_t row,
+                                       int64_t column) const {
+    Vec tile[Rows * Vecs];
+#pragma GCC unroll 24
+    for (int i = 0; i < Rows * Vecs; ++i) {
+      tile[i] = acc[i / Vecs][i % Vecs];
+    }
+    finish(tile, Rows, Vecs, row, column);
+  }
+
+ private:
+  __attribute__((noinline)) void finish(Vec* tile, int tile_rows, int vecs, int64_t row,
+                                        int64_t column) const {
+    for (int r = 0; r < tile_rows; ++r) {
+      for (int v = 0; v < vecs; ++v) {
+        const int64_t at = column + v * kLanes;
+        Vec& x = tile[r * vecs + v];
+        x += load(bias + at);
+        if (preactivation != nullptr) {
+          store_up_to(preactivation + (row + r) * columns + at, x, columns - at);
+        }
+      }
+    }
+    for_activation(activation, [&](auto kind) {
+      for (int i = 0; i < tile_rows * vecs; ++i) {
+        tile[i] = activate<kind.value>(tile[i]);
+      }
+    });
+    for (int r = 0; r < tile_rows; ++r) {
+      for (int v = 0; v < vecs; ++v) {
+        const int64_t at = column + v * kLanes;
+        const int64_t offset = (row + r) * columns + at;
+        Vec x = tile[r * vecs + v];
+        if (residual != nullptr) {
+          x += load_up_to(residual + offset, columns - at);
+        }
+        store_up_to(out + offset, x, columns - at);
+      }
+    }
+  }
+};
+
+template <class T>
+static void pack_linear(const LinearForward& f, const GemmPlan& plan, int64_t panel) {
+  using Operand = typename OperandFor<T>::type;
+  const int64_t column = panel * kPanelColumns;
+  const T* weight = static_cast<const T*>(f.weight);
+  Word* packed = static_cast<Word*>(f.packed);
+  Word* to = packed + panel_offset(plan, panel);
+  if (f.depth_major) {
+    pack_columns<Operand>(to, plan, column, 0, weight, plan.columns, plan.depth);
+  } else {
+    pack_rows<Operand>(to, plan, column, weight + column * plan.depth, plan.depth);
+  }
+  pack_bias(reinterpret_cast<float*>(packed + bias_offset(plan)) + column, plan, column,
+            static_cast<const T*>(f.bias));
+}
+
+template <class T>
+static void multiply_linear(const LinearForward& f, const GemmPlan& plan, int64_t task,
+                            void* scratch) {
+  using Operand = typename OperandFor<T>::type;
+  const GemmTask t = gemm_task(plan, task);
+  Word* a = static_cast<Word*>(scratch);
+  const RowsOf<T> input{static_cast<const T*>(f.input), plan.depth, plan.rows, 0};
+  gather_rows<Operand>(a, plan.stride, input, t.first_row, t.rows, plan.depth);
+  const Word* packed = static_cast<const Word*>(f.packed);
+  const float* bias = reinterpret_cast<const float*>(packed + bias_offset(plan));
+  const int64_t offset = t.first_row * f.columns;
+  T* out = static_cast<T*>(f.out) + offset;
+  const T* residual = f.residual == nullptr ? nullptr : static_cast<const T*>(f.residual) + offset;
+  if (f.activation == Activation::none && f.preactivation == nullptr) {
+    auto* targets = reinterpret_cast<RowTarget<T>*>(a + plan.rows_per_task * plan.stride);
+    for (int64_t r = 0; r < t.rows; ++r) {
+      targets[r] = {out + r * f.columns, residual == nullptr ? nullptr : residual + r * f.columns};
+    }
+    const RowSink<T> sink{targets, bias, f.columns, residual != nullptr};
+    multiply_block<Operand>(plan, t, a, packed, sink);
+  } else {
+    T* pre = f.preactivation == nullptr ? nullptr : static_cast<T*>(f.preactivation) + offset;
+    const ActivationSink<T> sink{out, pre, residual, bias, f.columns, f.activation};
+    multiply_block<Operand>(plan, t, a, packed, sink);
+  }
+}
+
+template <class T, Activation Kind>
+static void differentiate(const ActivationBackward& b, int64_t first, int64_t count) {
+  const T* grad = static_cast<const T*>(b.grad_out) + first;
+  const T* pre = static_cast<const T*>(b.preactivation) + first;
+  T* to = static_cast<T*>(b.grad_pre) + first;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec slope = derivative<Kind>(load_up_to(pre + i, count - i));
+    store_up_to(to + i, load_up_to(grad + i, count - i) * slope, count - i);
+  }
+}
+
+// -- the kernel table's entries -------------------------------------------------------------------
+
+static GemmPlan linear_plan(const LinearForward& f, int64_t threads) {
+  return for_float_type(f.dtype, [&]<class T>(T) {
+    return plan_gemm<typename OperandFor<T>::type>(f.rows, f.columns, f.depth, threads,
+                                                   sizeof(RowTarget<T>));
+  });
+}
+
+static void linear_pack(const LinearForward& f, const GemmPlan& plan, int64_t task) {
+  for_float_type(f.dtype, [&]<class T>(T) { pack_linear<T>(f, plan, task); });
+}
+
+static void linear_forward(const LinearForward& f, const GemmPlan& plan, int64_t task,
+                           void* scratch) {
+  for_float_type(f.dtype, [&]<class T>(T) { multiply_linear<T>(f, plan, task, scratch); });
+}
+
+// Elements [task * kActivationChunk, ...).
+static void activation_backward(const ActivationBackward& b, int64_t task) {
+  const int64_t first = task * kActivationChunk;
+  const int64_t count = smaller(b.elements - first, kActivationChunk);
+  for_float_type(b.dtype, [&]<class T>(T) {
+    for_activation(b.activation, [&](auto kind) { differentiate<T, kind.value>(b, first, count); });
+  });
+}
+
+}  // namespace
+}  // namespace patchgen_fast
