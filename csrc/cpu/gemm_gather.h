@@ -25,8 +25,8 @@ struct RowsOf {
 template <class Operand, class Element>
 PATCHGEN_FAST_INLINE void gather_row(Word* to, const Element* from, int64_t depth) {
   if constexpr (std::is_same_v<Element, typename Operand::Element>) {
-    if (depth % Operand::kPerGroup != 0) {
-      to[depth / Operand::kPerGroup] = 0;
+    if (depth % Operand::kGroup != 0) {
+      to[depth / Operand::kGroup] = 0;
     }
     __builtin_memcpy(to, from, static_cast<size_t>(depth) * sizeof(Element));
   } else {
@@ -51,7 +51,7 @@ static void gather_rows(Word* a, int64_t stride, const RowsOf<Element>& from, in
 template <class Operand, class Element>
 PATCHGEN_FAST_INLINE Vec load_column_group(const Element* const* rows, int64_t depth, int64_t index,
                                            int64_t column, int64_t left) {
-  const int64_t row = index * Operand::kPerGroup;
+  const int64_t row = index * Operand::kGroup;
   if (row >= depth) {
     return Vec{};
   }
@@ -63,7 +63,7 @@ PATCHGEN_FAST_INLINE Vec load_column_group(const Element* const* rows, int64_t d
 template <class Operand, class Element>
 static void gather_columns(Word* a, int64_t stride, const Element* const* rows, int64_t depth,
                            int64_t first, int64_t columns) {
-  const int64_t groups = divide_up(depth, Operand::kPerGroup);
+  const int64_t groups = divide_up(depth, Operand::kGroup);
   for (int64_t c = 0; c < columns; c += kLanes) {
     const int64_t left = columns - c;
     for (int64_t k = 0; k < groups; k += kLanes) {

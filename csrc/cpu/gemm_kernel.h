@@ -78,7 +78,7 @@ static GemmPlan plan_gemm(int64_t rows, int64_t columns, int64_t depth, int64_t 
   plan.rows = rows;
   plan.columns = columns;
   plan.depth = depth;
-  plan.groups = divide_up(depth, Operand::kPerGroup);
+  plan.groups = divide_up(depth, Operand::kGroup);
   plan.stride = block_stride(plan.groups);
   plan.panels = divide_up(columns, kPanelColumns);
   plan.pack_tasks = plan.panels;

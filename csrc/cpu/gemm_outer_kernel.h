@@ -24,7 +24,7 @@ constexpr int64_t kPackRows = 64;
 template <class T>
 static GemmPlan plan_outer(const OuterProduct& o, int64_t first, int64_t threads) {
   using Operand = typename OperandFor<T>::type;
-  const int64_t depth = smaller(o.depth - first, kStageGroups * Operand::kPerGroup);
+  const int64_t depth = smaller(o.depth - first, kStageGroups * Operand::kGroup);
   GemmPlan plan =
       plan_gemm<Operand>(o.rows, o.columns, depth, threads, sizeof(RowTarget<float, float>));
   plan.scratch_bytes += static_cast<size_t>(depth) * sizeof(void*);
@@ -44,7 +44,7 @@ static void pack_tokens(const OuterProduct& o, const GemmPlan& plan, int64_t tas
   Word* packed = static_cast<Word*>(o.packed);
   for (int64_t panel = 0; panel < plan.panels; ++panel) {
     pack_columns<Operand>(packed + panel_offset(plan, panel), plan, panel * kPanelColumns,
-                          first / Operand::kPerGroup, tokens, ld, count);
+                          first / Operand::kGroup, tokens, ld, count);
   }
 }
 
@@ -68,12 +68,12 @@ static void pack_outer(const OuterProduct& o, int64_t first, const GemmPlan& pla
     const T* tokens = static_cast<const T*>(o.right) + token * o.columns;
     return pack_tokens<Operand>(o, plan, task, tokens, o.columns);
   }
-  const int64_t stride = block_stride(divide_up(o.columns, Operand::kPerGroup));
+  const int64_t stride = block_stride(divide_up(o.columns, Operand::kGroup));
   Word* rows = static_cast<Word*>(scratch);
   const int64_t count = smaller(plan.depth - task * kPackRows, kPackRows);
   gather_patches<T>(o.patches, token, count, rows, stride, rows + kPackRows * stride);
   pack_tokens<Operand>(o, plan, task, reinterpret_cast<const Element*>(rows),
-                       stride * Operand::kPerGroup);
+                       stride * Operand::kGroup);
 }
 
 // The block's tiles go to `out`, on top of the sums so far unless this is the first stage.

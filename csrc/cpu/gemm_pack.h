@@ -34,7 +34,7 @@ PATCHGEN_FAST_INLINE int64_t bias_offset(const GemmPlan& plan) {
 // kLanes groups from `from`, of which the first `count` elements exist.
 template <class Operand, class Element>
 PATCHGEN_FAST_INLINE Vec load_groups(const Element* from, int64_t count) {
-  if constexpr (Operand::kPerGroup == 1) {
+  if constexpr (Operand::kGroup == 1) {
     return load_up_to(from, count);
   } else {
     if (count >= 2 * kLanes) {
@@ -52,7 +52,7 @@ PATCHGEN_FAST_INLINE Vec load_groups(const Element* from, int64_t count) {
 template <class Operand, class Element>
 static void pack_vector(Word* panel, int64_t width, const Element* w, int64_t ld, int64_t rows,
                         int64_t depth) {
-  constexpr int64_t kStep = kLanes * Operand::kPerGroup;
+  constexpr int64_t kStep = kLanes * Operand::kGroup;
   for (int64_t first = 0; first < depth; first += kStep) {
     const int64_t left = depth - first;
     Vec tile[kLanes];
@@ -61,7 +61,7 @@ static void pack_vector(Word* panel, int64_t width, const Element* w, int64_t ld
       tile[r] = r < rows ? load_groups<Operand>(w + r * ld + first, left) : Vec{};
     }
     transpose(tile);
-    const int64_t groups = smaller(divide_up(left, Operand::kPerGroup), kLanes);
+    const int64_t groups = smaller(divide_up(left, Operand::kGroup), kLanes);
     for (int k = 0; k < groups; ++k) {
       store_bits(panel + k * width, tile[k]);
     }
@@ -87,7 +87,7 @@ static void pack_rows(Word* panel, const GemmPlan& plan, int64_t column, const E
 template <class Operand, class Element>
 PATCHGEN_FAST_INLINE Vec load_column_words(const Element* from, const Element* second,
                                            int64_t left) {
-  if constexpr (Operand::kPerGroup == 1) {
+  if constexpr (Operand::kGroup == 1) {
     return load_up_to(from, left);
   } else {
     const Half low = load_half_up_to(from, left);
@@ -103,7 +103,7 @@ static void pack_columns(Word* panel, const GemmPlan& plan, int64_t column, int6
                          const Element* w, int64_t ld, int64_t depth) {
   const int64_t vecs = panel_vecs(plan, column);
   Word* to = panel + first_group * vecs * kLanes;
-  for (int64_t k = 0; k < depth; k += Operand::kPerGroup) {
+  for (int64_t k = 0; k < depth; k += Operand::kGroup) {
     const Element* row = w + k * ld + column;
     const Element* second = k + 1 < depth ? row + ld : nullptr;
     for (int64_t v = 0; v < vecs; ++v, to += kLanes) {

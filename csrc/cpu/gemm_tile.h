@@ -5,11 +5,11 @@
 // A group is one float, or two bf16 where the machine multiplies pairs; so the loop is the same for
 // both, and so is the layout: A row by row, a panel as [groups][kPanelColumns]. With 32 registers
 // the tile is 8 x 3 vectors: per group 3 loads of W and 8 broadcasts of A feed 24 multiplications,
-// enough independent sums to hide their latency. A stays in the L1 cache, the panel in L2 (12 bytes
+// enough independent sums to hide their latency. A stays in the L1 cache, the panel in L2 (8 bytes
 // a multiplication), C is written once, by the sink, straight from the registers.
 #pragma once
 
-#include "simd.h"
+#include "register_tile.h"
 
 namespace patchgen_fast {
 namespace {
@@ -20,25 +20,16 @@ constexpr int kTileRows = kRegisters == 32 ? 8 : 6;
 constexpr int kTileVecs = kRegisters == 32 ? 3 : 2;
 constexpr int64_t kPanelColumns = kTileVecs * kLanes;
 
-// How one group is multiplied.
-struct FloatOperand {
+// How one group is multiplied. Long sums are cut into runs of kRun groups, or rounding errors grow
+// with the depth faster than in a product that is blocked over the depth.
+struct FloatOperand : FloatMath {
   using Element = float;
-  static constexpr int64_t kPerGroup = 1;
-  // Long sums of floats are cut into runs of this length, or rounding errors grow with the depth
-  // faster than in a product that is blocked over the depth.
   static constexpr int64_t kRun = 256;
-
-  PATCHGEN_FAST_INLINE Vec multiply(Vec acc, Vec a, Vec w) { return fma(a, w, acc); }
 };
 
-struct PairOperand {
+struct PairOperand : PairMath {
   using Element = BFloat16;
-  static constexpr int64_t kPerGroup = 2;
   static constexpr int64_t kRun = 1024;
-
-  PATCHGEN_FAST_INLINE Vec multiply(Vec acc, Vec a, Vec w) {
-    return dot_pairs(acc, bit_cast<Pairs>(a), bit_cast<Pairs>(w));
-  }
 };
 
 // What a tensor of `Element` is multiplied as: pairs only where they are native.
@@ -87,7 +78,7 @@ PATCHGEN_FAST_INLINE void accumulate(Vec (&acc)[Rows][Vecs], const Word* a, int6
       const Vec x = broadcast_word(a + r * stride + k);
 #pragma GCC unroll 4
       for (int v = 0; v < Vecs; ++v) {
-        acc[r][v] = Operand::multiply(acc[r][v], x, w[v]);
+        acc[r][v] = Operand::multiply_add(acc[r][v], x, w[v]);
       }
     }
   }

@@ -248,9 +248,9 @@ static void gather_patches_of(const PatchSource& source, int64_t first, int64_t 
   const PatchGrid& g = source.grid;
   const Pixel* images = static_cast<const Pixel*>(source.images);
   using Operand = typename OperandFor<Weight>::type;
-  if (g.depth() % Operand::kPerGroup != 0) {
+  if (g.depth() % Operand::kGroup != 0) {
     for (int64_t row = 0; row < rows; ++row) {
-      a[row * stride + g.depth() / Operand::kPerGroup] = 0;
+      a[row * stride + g.depth() / Operand::kGroup] = 0;
     }
   }
   for (int64_t row = 0; row < rows;) {
