@@ -39,13 +39,15 @@ def calibrate_cpu(threads: int, *, samples: int = 25) -> Calibration:
         level, _, traffic = name.partition(" ")
         if traffic:
             bandwidth[level] = max(bandwidth.get(level, 0.0), peak.best)
+    disturbed = any(peak.disturbed for peak in peaks.values())
     source = f"native loops, {module.chosen_isa()}"
-    if any(peak.disturbed for peak in peaks.values()):
+    if disturbed:
         source += ", on a busy machine: lower bounds"
     return Calibration(
         device="cpu",
         threads=threads,
         source=source,
+        disturbed=disturbed,
         clock=peaks["clock"].best,
         fp32_flops=peaks["fp32"].best,
         bf16_flops=peaks["bf16"].best,
@@ -64,6 +66,7 @@ def _by_torch(threads: int, seconds: float, reason: str) -> Calibration:
         device="cpu",
         threads=threads,
         source=f"torch.mm and copy_, below the true peak: {reason}",
+        disturbed=True,
         fp32_flops=_matmul_rate(torch.float32, seconds),
         bf16_flops=_matmul_rate(torch.bfloat16, seconds),
         bandwidth={"DRAM": _copy_rate(seconds)},
@@ -93,7 +96,7 @@ def _best(call: Callable[[], object], seconds: float) -> float:
     return min(times)
 
 
-def make_sentinel(microseconds: float = 150.0) -> Callable[[], object]:
+def make_sentinel(microseconds: float = 80.0) -> Callable[[], object]:
     """A loop of constant work on registers alone, for the timing core to sense disturbances.
 
     It is interpreter work: it slows down with the clock and with a neighbour on the same core,

@@ -75,6 +75,7 @@ def bind(cost: Cost, dtype: str, calibration: Calibration | None) -> Cost:
     cost.floors, cost.limit, cost.peak_flops = {}, "", None
     if calibration is None:
         return cost
+    cost.peak_is_lower_bound = calibration.disturbed
     peak = calibration.fp32_flops if dtype == "float32" else calibration.bf16_flops
     peak = peak or calibration.fp32_flops
     if peak and cost.flops:

@@ -84,6 +84,7 @@ class Cost(msgspec.Struct, kw_only=True):
     floors: dict[str, float] = {}  # limit -> seconds at the measured peak
     limit: str = ""  # the largest floor: "products", "memory (L2)", "exponentials" ...
     peak_flops: float | None = None
+    peak_is_lower_bound: bool = False
 
 
 class CaseResult(msgspec.Struct, kw_only=True):
@@ -133,6 +134,7 @@ class Calibration(msgspec.Struct, kw_only=True):
     device: str
     threads: int
     source: str  # "native loops" or what stood in for them
+    disturbed: bool = False  # other work took the cores: peaks are lower bounds
     clock: float | None = None  # cycles a second of one core
     fp32_flops: float | None = None
     bf16_flops: float | None = None

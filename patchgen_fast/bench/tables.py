@@ -98,10 +98,42 @@ def row(case: CaseResult) -> list[str]:
         + ("" if case.undisturbed else " (disturbed)"),
         ratio(eager),
         ratio(best),
-        "" if share is None else f"{share:.0f} %",
-        "" if of_limit is None or not case.cost else f"{of_limit:.0f} % of {case.cost.limit}",
+        _percent(share, case),
+        ""
+        if of_limit is None or not case.cost
+        else f"{_percent(of_limit, case)} of {case.cost.limit}",
         error_pair(case),
     ]
+
+
+def _percent(share: float | None, case: CaseResult) -> str:
+    """`67 %`; `≤ 67 %` where the peak could only be bounded from below."""
+    if share is None:
+        return ""
+    bound = "≤ " if case.cost and case.cost.peak_is_lower_bound else ""
+    return f"{bound}{share:.0f} %"
+
+
+def peer_rows(result: ResultFile) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of every peer's time and ratio, or what stands in their place."""
+    cases = [case for case in result.cases if any(cell.role == "peer" for cell in case.cells)]
+    names = list(
+        dict.fromkeys(cell.name for case in cases for cell in case.cells if cell.role == "peer")
+    )
+    rows = []
+    for case in cases:
+        cells = [case.cell(name) for name in names]
+        rows.append(
+            [f"{label(case)}", short(case.dtype), *("" if not c else _peer(c) for c in cells)]
+        )
+    return ["case", "dtype", *names], rows
+
+
+def _peer(cell: Cell) -> str:
+    if not cell.timing:
+        return "not timed" if cell.status == OK else cell.status
+    r = cell.speedup_of_ours
+    return f"{milliseconds(cell.timing.median)} ms" + (f", {r.median:.2f} ×" if r else "")
 
 
 def _backend(cell: Cell | None) -> str:
@@ -174,6 +206,10 @@ def markdown(result: ResultFile, *, title: str = "patchgen_fast benchmark") -> s
     """The whole result as a markdown page."""
     parts = [f"# {title}", "", *[f"{line}  " for line in machine_lines(result)], ""]
     parts += [tables_by_level(result)]
+    headings, rows = peer_rows(result)
+    if rows:
+        parts += ["", "## Every peer", "", "Its time, and how many times faster ours is.", ""]
+        parts += [markdown_table(headings, rows)]
     missing = missing_peers(result)
     if missing:
         parts += ["", "Peers without a number:", "", *[f"- {_escape(line)}" for line in missing]]
