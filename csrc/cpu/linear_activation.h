@@ -12,10 +12,11 @@
 namespace patchgen_fast {
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
-
+// e^x, from 1e-45 to 1e38: beyond, what the functions below make of it no longer changes. NaN
+// stays.
 PATCHGEN_FAST_INLINE Vec exponential(Vec x) {
-  return exp2_approx(min(x * kLog2E, broadcast(126.0f)));
+  const Vec bounded = min(broadcast(87.3f), max(broadcast(-103.0f), x));
+  return exp2_scaled(bounded, broadcast(1.44269504f));
 }
 
 PATCHGEN_FAST_INLINE Vec sigmoid(Vec x) {
