@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -68,7 +69,8 @@ def import_torch_cpp_extension() -> tuple[ModuleType, ModuleType]:
     try:
         import torch
     except ImportError:
-        sys.path.append(sysconfig.get_paths()["purelib"])
+        for base in (sys.prefix, sys.base_prefix):
+            site.addsitedir(sysconfig.get_paths(vars={"base": base})["purelib"])
         try:
             import torch
         except ImportError as error:

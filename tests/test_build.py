@@ -301,3 +301,20 @@ def test_a_wrong_list_of_gpu_architectures_is_refused(toolkit, monkeypatch, aske
     monkeypatch.setenv("PATCHGEN_FAST_CUDA_ARCHS", asked)
     with pytest.raises(toolchain.BuildFailure, match=message):
         toolchain.cuda_arch_flags(toolkit)
+
+
+# torch ------------------------------------------------------------------------------------------
+
+
+def test_an_isolated_build_takes_the_torch_that_it_is_installed_beside():
+    """pip runs such a build without the environment's packages on the path."""
+    code = (
+        "import sys\n"
+        "sys.path[:] = [p for p in sys.path if not p.endswith('-packages')]\n"
+        f"sys.path.insert(0, {str(ROOT / 'csrc')!r})\n"
+        "import toolchain\n"
+        "torch, cpp_extension = toolchain.import_torch_cpp_extension()\n"
+        "print(torch.__version__, cpp_extension.__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split()[1:] == ["torch.utils.cpp_extension"], done.stderr
