@@ -8,7 +8,8 @@ built and, for what was not, why and what to do (`patchgen-fast info` shows it):
 - `_native_info.*.so`: a small pybind11 module for what touches no tensor.
 
 Environment:
-    PATCHGEN_FAST_BUILD       auto (default): build what this machine can, never fail the install
+    PATCHGEN_FAST_BUILD       auto (default): build what this machine can, never fail the install;
+                              CUDA kernels if there are nvcc and a torch with CUDA
                               none: build nothing;  cpu, cuda: build that, or fail loudly
     PATCHGEN_FAST_CUDA_ARCHS  e.g. "80;90a;compute_120": cubins for 80 and 90a, PTX for 120
     CXX, CXXFLAGS, CUDA_HOME, MAX_JOBS   as usual
@@ -137,9 +138,12 @@ class BuildNative(build_ext):
         torch, cpp_extension = import_torch_cpp_extension()
         self.record["torch"] = torch.__version__
         isa_objects = self._isa_objects(cxx, "cpu/kernels_*.cpp")
-        attempts = [False]
-        if request == "cuda" or (request == "auto" and glob("cuda/*.cu")):
-            attempts = [True] if request == "cuda" else [True, False]
+        attempts = {"cuda": [True], "cpu": [False], "auto": [True, False]}[request]
+        if request == "auto" and torch.version.cuda is None:
+            # Minutes of compiling for what this torch could not run.
+            attempts = [False]
+            self._fail("cuda", f"torch {torch.__version__} has no CUDA", "install a torch "
+                       f"with CUDA, or set PATCHGEN_FAST_BUILD=cuda, {REINSTALL}")  # fmt: skip
         for with_cuda in attempts:
             try:
                 self._link_operators(cpp_extension, isa_objects, with_cuda)
@@ -202,6 +206,10 @@ class BuildNative(build_ext):
             cuda = find_cuda()
             archs, gencode = cuda_arch_flags(cuda)
             cuda_files = glob("cuda/*.cu")
+            if not cuda_files:
+                raise BuildFailure(
+                    "csrc holds no CUDA kernels", "this is not a complete source tree"
+                )
             sources += [*cuda_files, *glob("cuda/*_op.cpp")]
             defines += ["-DUSE_CUDA", "-DPATCHGEN_FAST_HAVE_CUDA=1"]
             include_dirs.append(str(cuda / "include"))
