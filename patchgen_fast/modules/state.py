@@ -11,6 +11,9 @@ from torch import nn
 from ..dispatch import BACKENDS
 from ..registry import OPS
 
+KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+"""The backends with kernels of our own, by device."""
+
 
 @dataclass
 class LayerState:
@@ -53,6 +56,13 @@ class FastLayer:
     def _count_fallback(self, reason: str) -> None:
         if not torch.compiler.is_compiling():
             self._fast.fell_back[reason] = self._fast.fell_back.get(reason, 0) + 1
+
+    def _has_kernel(self, op: str, device: str) -> bool:
+        """Whether an op may run by anything but stock operators here, or by a backend named."""
+        if self._fast.backend is not None:
+            return True
+        backends = OPS[op].backends
+        return any(backends[name].unavailable is None for name in KERNELS.get(device, ()))
 
     def _backend(self, op: str) -> str | None:
         """The backend for one of the layer's ops: the one named, where the op has it at all.

@@ -25,11 +25,13 @@ from ..modules.fused import (
     add_branch_then_norm,
     add_then_norm,
     add_to_residual,
+    child,
     inactive,
     is_plain_tensor,
     normalise_heads,
     plain_linear,
     project,
+    split_heads,
     takes_residual,
     unobserved,
 )
@@ -68,7 +70,7 @@ class _FusedTimmAttention(FastLayer):
         """Attention, normalisation of the joined heads, gate and output projection."""
         out = attend_with(self, *heads, attn_mask, is_causal, self.attn_drop)
         merged = out.transpose(1, 2).flatten(2)
-        norm, gate = getattr(self, "norm", None), getattr(self, "gate", None)
+        norm, gate = child(self, "norm"), child(self, "gate")
         if norm is not None and not inactive(norm):
             merged = norm(merged)
         if gate is not None:
@@ -83,7 +85,7 @@ class _FusedTimmAttention(FastLayer):
             packed = linear(x, qkv.weight, bias, backend=self._backend("linear"))
         else:
             packed = qkv(x) + bias
-        return packed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return split_heads(packed, 3, self.num_heads)
 
     def _query_value_bias(self) -> Tensor | None:
         """The bias of a packed projection whose keys have none (BEiT, EVA)."""
@@ -157,7 +159,7 @@ class _FusedRopeAttention(_FusedTimmAttention):
         groups = (self.num_heads, *[getattr(self, "num_kv_heads", self.num_heads)] * 2)
         projections = (layer.q_proj, layer.k_proj, layer.v_proj)
         return tuple(
-            project(self, x, projection).unflatten(-1, (heads, -1)).transpose(1, 2)
+            split_heads(project(self, x, projection), 1, heads)[0]
             for projection, heads in zip(projections, groups, strict=True)
         )
 
