@@ -44,12 +44,18 @@ class BackendRefused(ValueError):
     (None where no backend at all accepts).
     """
 
-    def __init__(
-        self, message: str, backend: str | None = None, refusal: Refusal | None = None
-    ) -> None:
-        super().__init__(message)
-        self.backend = backend
-        self.refusal = refusal
+    # In args rather than set by an __init__ of its own, which torch.compile can't trace.
+
+    @property
+    def backend(self) -> str | None:
+        return self.args[1] if len(self.args) > 1 else None
+
+    @property
+    def refusal(self) -> Refusal | None:
+        return self.args[2] if len(self.args) > 2 else None
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def order(op: Op, args: Any) -> tuple[str, ...]:
@@ -91,8 +97,12 @@ def refusals(op: Op, args: Any) -> dict[str, list[Refusal]]:
 
 def explain(op: Op, args: Any) -> str:
     """The call's arguments and every backend's answer to it, a line each."""
-    lines = ["arguments:"]
-    for name, value in zip(args._fields, args, strict=True):
+    import torch
+
+    # A symbolic size can't be written into a text while torch.compile traces.
+    named = () if torch.compiler.is_compiling() else zip(args._fields, args, strict=True)
+    lines = ["arguments:"] if named else []
+    for name, value in named:
         if hasattr(value, "dtype"):
             value = f"{list(value.shape)} {value.dtype} on {value.device}, strides {value.stride()}"
         lines.append(f"  {name}: {value}")

@@ -49,6 +49,10 @@ def attention(
     mask = None
     if not plain_causal:
         mask = _joined_mask(query, key, attn_mask, kv_lengths, query_offset, is_causal)
+    # A branch, since a comparison of sizes is no bool to SDPA under torch.compile.
+    shared_heads = False
+    if query.shape[1] != key.shape[1]:
+        shared_heads = True
     out = F.scaled_dot_product_attention(
         query,
         key,
@@ -57,7 +61,7 @@ def attention(
         dropout_p,
         plain_causal,
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=shared_heads,
     )
     lse = None
     if return_lse:
