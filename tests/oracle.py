@@ -226,13 +226,13 @@ def require(op: str, target: Target) -> None:
 
 
 @contextmanager
-def documented_refusals() -> Iterator[None]:
+def documented_refusals(also: frozenset[str] | set[str] = frozenset()) -> Iterator[None]:
     """Turn a refusal that DESIGN documents into a visible skip; any other is a failure."""
     try:
         yield
     except dispatch.BackendRefused as error:
         refusal = error.refusal
-        if refusal is None or refusal.code not in DOCUMENTED_LIMITS:
+        if refusal is None or refusal.code not in DOCUMENTED_LIMITS | also:
             raise
         pytest.skip(f"{error.backend}: {refusal.reason}")
 
