@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -152,6 +152,11 @@ def _statistic(name: str, value: Any, images: Tensor) -> Tensor | None:
         check_tensors("patch_embed", {"images": images, name: value})
         check_shape("patch_embed", name, value, (channels,))
         return value.detach().float().contiguous()
+    if isinstance(value, str) or not isinstance(value, (int, float, Iterable)):
+        raise TypeError(
+            f"patch_embed: expected {name} as a float, {channels} floats or a tensor; "
+            f"got {describe(value)}"
+        )
     values = (value,) * channels if isinstance(value, (int, float)) else tuple(value)
     if len(values) != channels:
         raise ValueError(
