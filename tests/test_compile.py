@@ -157,20 +157,11 @@ def test_one_graph_for_all_sizes(sample: Sample, target: Target) -> None:
                 got.grads = dict(zip(stated.differentiable, grads, strict=True))
         if kernel:
             assert ran.get(f"{sample.name}.{target.backend}") == 1, ran
-        compare(sized, got, target)
+        sized.compare(got, target)
     graphs = [
         g for g in counter.graphs if any(node.op == "call_function" for node in g.graph.nodes)
     ]
     assert len(graphs) == 1, f"{len(graphs)} graphs for {len(sizes)} sizes"
-
-
-def compare(sample: Sample, got: Evaluation, target: Target) -> None:
-    stated = sample.problem(target.device)
-    if sample.name == "attention":
-        sample.module.compare(sample.case, stated, got, target.factor)
-    else:
-        left_out = ["weight", "bias"] if sample.name == "add_layer_norm" else []
-        stated.compare(got, target.factor, left_out if target.backend == "torch" else [])
 
 
 def test_a_refusal_under_torch_compile_keeps_its_reason() -> None:
@@ -202,7 +193,7 @@ def test_export_keeps_the_backend(sample: Sample, target: Target) -> None:
     with dispatch.counting() as ran:
         results = program.module()(tensors)
     assert ran == ({f"{sample.name}.{target.backend}": 1} if kernel else {})
-    compare(sample, Evaluation(results), target)
+    sample.compare(Evaluation(results), target)
 
 
 def test_inductor_compiles_layers_of_ours_into_one_graph() -> None:

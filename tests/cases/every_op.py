@@ -61,6 +61,15 @@ class Sample:
         function = functools.partial(self.call, backend)
         return evaluate(function, stated.inputs, stated.differentiable, stated.cotangents)
 
+    def compare(self, got: Evaluation, target: Target) -> None:
+        """Results and gradients by the parity rule."""
+        stated = self.problem(target.device)
+        if self.name == "attention":
+            self.module.compare(self.case, stated, got, target.factor)
+        else:
+            left_out = ["weight", "bias"] if self.name == "add_layer_norm" else []
+            stated.compare(got, target.factor, left_out if target.backend == "torch" else [])
+
     def arguments(self, device: str = "cpu") -> list[Any]:
         """What the kernel's schema is called with; leaves where gradients are wanted."""
         stated = self.problem(device)
