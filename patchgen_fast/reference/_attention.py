@@ -192,7 +192,7 @@ def _sequence_mask(
     key_sequence = torch.searchsorted(cu_seqlens_k[1:], keys, right=True)
     seen = row_sequence[:, None] == key_sequence[None, :]
     seen = seen & (rows < cu_seqlens_q[-1])[:, None] & (keys < cu_seqlens_k[-1])[None, :]
-    if is_causal:
+    if is_causal and cu_seqlens_q.shape[0] > 1:
         # Counted from the end of its sequence, a query sees the keys that lie no later than it.
         ends_q = cu_seqlens_q[1:][row_sequence.clamp(max=cu_seqlens_q.shape[0] - 2)]
         ends_k = cu_seqlens_k[1:][key_sequence.clamp(max=cu_seqlens_k.shape[0] - 2)]

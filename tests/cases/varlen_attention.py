@@ -151,6 +151,7 @@ CASES = [
     Case((3, 0, 17, 0, 0, 40), dim=40, spare=5, grad="stride0"),
     Case((0, 0, 0), spare=4),
     Case((), spare=4),
+    Case((), spare=3, is_causal=True),
     Case((), spare=0),
     Case((0, 9)),
     Case((9, 0)),
