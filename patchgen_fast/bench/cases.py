@@ -218,6 +218,7 @@ QUICK = {
     ("patch_embed", "vit_b16"): _BOTH_DTYPES,
     ("patch_embed", "vit_b16_uint8"): [("bfloat16", "forward")],
     ("attention_layer", "vit_b"): _BOTH_DTYPES,
+    ("feed_forward", "vit_b"): _BOTH_DTYPES,
     ("encoder_block", "vit_b"): _BOTH_DTYPES,
     ("patch_transformer", "digits"): [("float32", "forward"), ("float32", "both")],
     ("patch_transformer", "vit_b16"): _BOTH_DTYPES,

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from patchgen_fast.bench import svg, tables
 from patchgen_fast.bench.schema import OK, Calibration, CaseResult, Cell, ResultFile
 
+PEER_COLOURS = ("c6", "c2", "c4", "c5")  # told apart from ours and from eager
 MARGIN = 1.6  # of the roofline's axes around the points
 
 
@@ -212,7 +213,7 @@ def _against_tokens(cases: list[CaseResult], *, by_time: bool, label: str) -> Ma
             points.append((float(n), middle))
             bands.append((low, high))
         if points:
-            colour = colours.get(name, f"c{index}")
+            colour = colours.get(name, PEER_COLOURS[index % len(PEER_COLOURS)])
             series.append(svg.Series(name, points, colour, bands))
     return svg.chart(
         series,
@@ -270,7 +271,9 @@ def blocks(result: ResultFile) -> list[Figure]:
             groups.append((f"{tables.label(case)} · {tables.short(case.dtype)}, {role}", stack))
     if not groups:
         return []
+    used = {colour for _, stack in groups for _, colour, _ in stack}
     names = [("attention layer", "c1"), ("feed-forward", "c2"), ("the rest of the block", "c3")]
+    names = [entry for entry in names if entry[1] in used]
     return [
         Figure(
             "Time of a block",
@@ -298,7 +301,8 @@ def memory_by_tokens(result: ResultFile) -> list[Figure]:
             if cell and cell.gpu and cell.gpu.peak_memory:
                 points.append((float(_sizes(case)["N"]), float(cell.gpu.peak_memory)))
         if points:
-            colour = {"eager": "eager", "ours": "ours"}.get(name, f"c{index}")
+            peer = PEER_COLOURS[index % len(PEER_COLOURS)]
+            colour = {"eager": "eager", "ours": "ours"}.get(name, peer)
             series.append(svg.Series(name, points, colour))
     if not series:
         return []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -76,6 +77,19 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
     )
 
 
+LONGEST = 52  # characters of a label beside a bar
+
+
+def shortened(name: str) -> str:
+    """A label that fits."""
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+
+
+def margin_of(groups: Sequence[tuple[str, Any]]) -> float:
+    """Room for the longest label, at 6.6 units a character."""
+    return 20.0 + 6.6 * max((len(shortened(name)) for name, _ in groups), default=0)
+
+
 def frame(height: float, label: str, parts: Sequence[Markup]) -> Markup:
     """The svg element around the parts; `label` is what a screen reader says."""
     return Markup(
@@ -113,7 +127,7 @@ def bars(
     groups: Sequence[tuple[str, Sequence[Bar]]], label: str, names: Sequence[tuple[str, str]]
 ) -> Markup:
     """Horizontal bars in named groups, with a line at 1."""
-    left, right, thick = 270.0, 130.0, 15.0
+    left, right, thick = margin_of(groups), 130.0, 15.0
     top = 34.0
     highest = max((bar.high for _, group in groups for bar in group), default=1.0)
     scale = linear_scale(0.0, max(highest, 1.05), left, WIDTH - right)
@@ -122,7 +136,9 @@ def bars(
     rows: list[Markup] = []
     for name, group in groups:
         middle = y + thick * len(group) / 2 + 4
-        rows.append(_text(left - 8, middle, name, text_anchor="end", **{"class": "label"}))
+        rows.append(
+            _text(left - 8, middle, shortened(name), text_anchor="end", **{"class": "label"})
+        )
         for bar in group:
             rows.append(
                 Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="1.5" class="{}"/>').format(
@@ -155,13 +171,15 @@ def stacked(
     unit: str,
 ) -> Markup:
     """Horizontal stacks: (name, [(value, colour class, title)])."""
-    left, right, thick, top = 270.0, 90.0, 20.0, 34.0
+    left, right, thick, top = margin_of(groups), 90.0, 20.0, 34.0
     highest = max((sum(v for v, *_ in stack) for _, stack in groups), default=1.0)
     scale = linear_scale(0.0, highest, left, WIDTH - right)
     parts: list[Markup] = legend(names, left, 16)
     y = top
     for name, stack in groups:
-        parts.append(_text(left - 8, y + 14, name, text_anchor="end", **{"class": "label"}))
+        parts.append(
+            _text(left - 8, y + 14, shortened(name), text_anchor="end", **{"class": "label"})
+        )
         total = 0.0
         for value, colour, title in stack:
             parts.append(
