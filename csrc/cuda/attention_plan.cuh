@@ -1,0 +1,40 @@
+// Which instance of the attention kernels serves a problem, and with how many blocks.
+#pragma once
+
+#include <algorithm>
+
+#include "attention_forward.cuh"
+#include "plan.h"
+
+namespace patchgen_fast::cuda {
+
+// Calls use(Constant<TILES>) with the least bound we have on tiles of 16 keys. Within it a kernel
+// skips the products of absent tiles; the bound decides registers, so there are few.
+template <class Use>
+void with_key_tiles(int keys, Use&& use) {
+  int tiles = ceil_div(keys, TILE);
+  if (tiles <= 4) return use(Constant<4>{});
+  if (tiles <= 8) return use(Constant<8>{});
+  if (tiles <= 13) return use(Constant<13>{});
+  return use(Constant<17>{});
+}
+
+// Calls run(instance, launch, kernel, arguments...).
+template <class T, class Run>
+void plan_attention_forward(const AttentionForward& p, int multiprocessors, Run&& run) {
+  const int heads = p.batch * p.heads, query_tiles = ceil_div(p.queries, TILE);
+  if (heads == 0 || query_tiles == 0) return;
+  // One block a head, unless that leaves multiprocessors without two blocks to overlap.
+  const int most = ceil_div(query_tiles, ForwardLayout::WARPS);
+  const int shares = std::clamp(ceil_div(2 * multiprocessors, heads), 1, most);
+  with_width(p.head_dim, [&](auto width) {
+    with_key_tiles(p.keys, [&](auto tiles) {
+      run(Instance{"attention_forward", p.dtype, width, tiles},
+          Launch{static_cast<int64_t>(heads) * shares, ForwardLayout::THREADS,
+                 forward_shared_bytes<width>(p.keys)},
+          attention_forward_kernel<T, width, tiles>, p, shares);
+    });
+  });
+}
+
+}  // namespace patchgen_fast::cuda

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import harness
+
+
+@pytest.fixture(scope="session")
+def library(request, tmp_path_factory):
+    if reason := harness.why_not():
+        pytest.skip(f"kernels not run on the host: {reason}")
+    cache = getattr(request.config, "cache", None)
+    folder = cache.mkdir("cuda_host") if cache else tmp_path_factory.mktemp("cuda_host")
+    return harness.build(Path(folder))
+
+
+@pytest.fixture(params=["late copies", "early copies"])
+def host(request, library):
+    """Both extreme timings of asynchronous copies: a kernel must be right under each."""
+    return harness.Host(library, late_copies=request.param == "late copies")

@@ -1,0 +1,215 @@
+"""Compiles the CUDA kernels for the host and calls them on CPU tensors.
+
+The emulator (emulator.h) stands in for the GPU; plan.h and *_plan.cuh choose instances, grids and
+sizes exactly as the launchers do. Outputs are carved out of buffers of NaN, so that an element
+that is never written is seen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parent.parent / "csrc" / "cuda"
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+
+# What a mutation test can leave out, in the order of emulator.h.
+SYNCS = ("none", "block barrier", "warp barrier", "copy wait", "memory barrier")
+
+DTYPES = {
+    torch.bfloat16: 0,
+    torch.float16: 1,
+    torch.float32: 2,
+    torch.uint8: 3,
+    torch.bool: 4,
+}
+
+
+def why_not() -> str | None:
+    """Why the host tests cannot run on this machine, or None."""
+    if COMPILER is None:
+        return "no C++ compiler"
+    if platform.system() != "Linux":
+        return f"the fibers are written for Linux, not {platform.system()}"
+    return None
+
+
+def build(folder: Path, extra: tuple[str, ...] = (), kernels: Path = KERNELS) -> ctypes.CDLL:
+    """The kernels under `kernels` as a shared library, compiled once for each set of sources."""
+    sources = sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp"), *kernels.glob("*")])
+    text = b"".join(path.read_bytes() for path in sources if path.is_file())
+    name = hashlib.sha256(text + " ".join([str(COMPILER), *FLAGS, *extra]).encode()).hexdigest()
+    library = folder / f"{name[:16]}.so"
+    if not library.exists():
+        part = library.with_suffix(".part")
+        command = [str(COMPILER), *FLAGS, *extra, f"-I{HERE}", f"-I{kernels}"]
+        command += [str(HERE / "host_library.cpp"), "-o", str(part)]
+        subprocess.run(command, check=True)
+        part.rename(library)
+    return ctypes.CDLL(str(library))
+
+
+class Strides(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "head", "row")]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Strides:
+        assert tensor.stride(3) == 1 or tensor.shape[3] <= 1
+        return cls(*tensor.stride()[:3])
+
+
+class Mask(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("kind", ctypes.c_int),
+        *[(name, ctypes.c_int64) for name in ("batch", "head", "query", "key")],
+    ]
+
+    @classmethod
+    def of(cls, mask: torch.Tensor | None, dtype: torch.dtype) -> Mask:
+        if mask is None:
+            return cls(None, 0, 0, 0, 0, 0)
+        kind = {torch.bool: 1, dtype: 2, torch.float32: 3}[mask.dtype]
+        strides = [0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True)]
+        return cls(mask.data_ptr(), kind, *strides)
+
+
+class AttentionInputs(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("query", "key", "value")],
+        *[(f"{name}_stride", Strides) for name in ("query", "key", "value")],
+        ("mask", Mask),
+        *[(name, ctypes.c_void_p) for name in ("kv_lengths", "query_offset")],
+        *[(n, ctypes.c_int) for n in ("batch", "heads", "kv_heads", "queries", "keys", "head_dim")],
+        ("dtype", ctypes.c_int),
+        ("causal", ctypes.c_bool),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class AttentionForward(ctypes.Structure):
+    _fields_ = [
+        ("inputs", AttentionInputs),
+        ("out", ctypes.c_void_p),
+        ("out_stride", Strides),
+        ("lse", ctypes.c_void_p),
+    ]
+
+
+class AttentionBackward(ctypes.Structure):
+    _fields_ = [
+        ("inputs", AttentionInputs),
+        *[(name, ctypes.c_void_p) for name in ("out", "lse", "grad_out", "grad_lse")],
+        *[(f"{name}_stride", Strides) for name in ("out", "grad_out")],
+        *[(name, ctypes.c_void_p) for name in ("grad_query", "grad_key", "grad_value")],
+        *[(f"{name}_stride", Strides) for name in ("grad_query", "grad_key", "grad_value")],
+    ]
+
+
+class Options(ctypes.Structure):
+    _fields_ = [
+        ("late_copies", ctypes.c_int),
+        ("seed", ctypes.c_uint32),
+        ("multiprocessors", ctypes.c_int),
+        ("left_out", ctypes.c_int),
+        ("left_out_index", ctypes.c_int),
+    ]
+
+
+class Result(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_long) for name in ("matrices_loaded", "wavefronts", "products")],
+        ("syncs", ctypes.c_int * 5),
+        ("error", ctypes.c_char * 512),
+    ]
+
+
+class EmulatorError(RuntimeError):
+    """The emulator stopped: a deadlock, a divergent warp, a misaligned address."""
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def rows_like(batch: int, heads: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """[batch, heads, rows, width] in memory [batch, rows, heads, width], full of NaN."""
+    return torch.full((batch, rows, heads, width), torch.nan, dtype=dtype).transpose(1, 2)
+
+
+@dataclass
+class Host:
+    """The kernels, under one timing of asynchronous copies, one seed, one size of GPU."""
+
+    library: ctypes.CDLL
+    late_copies: bool = True
+    seed: int = 1
+    multiprocessors: int = 1
+    left_out: str = "none"
+    left_out_index: int = 0
+    result: Result | None = None
+
+    def call(self, function: str, problem: ctypes.Structure) -> None:
+        left_out = SYNCS.index(self.left_out)
+        options = Options(
+            self.late_copies, self.seed, self.multiprocessors, left_out, self.left_out_index
+        )
+        self.result = Result()
+        status = getattr(self.library, function)(
+            ctypes.byref(problem), ctypes.byref(options), ctypes.byref(self.result)
+        )
+        if status:
+            raise EmulatorError(self.result.error.decode())
+
+    @property
+    def wavefronts_per_matrix(self) -> float:
+        """1 where no load of a matrix fragment meets a bank conflict."""
+        assert self.result is not None
+        return self.result.wavefronts / max(self.result.matrices_loaded, 1)
+
+    @staticmethod
+    def attention_inputs(
+        query, key, value, attn_mask, kv_lengths, query_offset, is_causal, scale
+    ) -> AttentionInputs:
+        batch, heads, queries, head_dim = query.shape
+        return AttentionInputs(
+            *[pointer(tensor) for tensor in (query, key, value)],
+            *[Strides.of(tensor) for tensor in (query, key, value)],
+            Mask.of(attn_mask, query.dtype),
+            pointer(kv_lengths),
+            pointer(query_offset),
+            *(batch, heads, key.shape[1], queries, key.shape[2], head_dim),
+            DTYPES[query.dtype],
+            is_causal,
+            scale,
+        )
+
+    def attention(
+        self,
+        query,
+        key,
+        value,
+        attn_mask=None,
+        kv_lengths=None,
+        query_offset=None,
+        is_causal=False,
+        scale=1.0,
+        function="host_attention_forward",
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, heads, queries, head_dim = query.shape
+        out = rows_like(batch, heads, queries, head_dim, query.dtype)
+        lse = torch.full((batch, heads, queries), torch.nan)
+        inputs = self.attention_inputs(
+            query, key, value, attn_mask, kv_lengths, query_offset, is_causal, scale
+        )
+        self.call(function, AttentionForward(inputs, pointer(out), Strides.of(out), pointer(lse)))
+        return out, lse

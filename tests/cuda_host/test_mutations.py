@@ -1,0 +1,52 @@
+"""Every barrier and every wait is needed: a kernel that does without one is seen to be wrong.
+
+This shows that the emulator would notice a missing one, so that the other tests mean something.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import EmulatorError, Host
+
+SEEDS = range(6)
+
+
+def seen_to_be_wrong(host: Host, run) -> bool:
+    """Whether some order of warps gives another result than the whole kernel, or stops."""
+    wanted = run(Host(host.library))
+    for seed in SEEDS:
+        host.seed = seed
+        try:
+            got = run(host)
+        except EmulatorError:
+            return True
+        if not all(a.equal(b) for a, b in zip(got, wanted, strict=True)):
+            return True
+    return False
+
+
+def forward(host: Host):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 150, 64).bfloat16() for _ in range(3))
+    return host.attention(query, key, value, scale=0.125)
+
+
+@pytest.mark.parametrize(
+    "left_out, index",
+    [
+        ("copy wait", 0),  # queries and keys
+        ("block barrier", 0),
+        ("copy wait", 1),  # values
+        ("block barrier", 1),
+        ("copy wait", 2),  # the queries of the next tile
+        ("warp barrier", 1),  # the result, staged
+    ],
+)
+def test_forward(library, left_out, index):
+    host = Host(library, left_out=left_out, left_out_index=index)
+    assert seen_to_be_wrong(host, forward)
+
+
+def test_the_whole_kernel_gives_one_result(library):
+    assert not seen_to_be_wrong(Host(library), forward)

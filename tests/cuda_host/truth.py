@@ -1,0 +1,48 @@
+"""Attention spelled out, in float64 for the truth and in the inputs' dtype for the yardstick."""
+
+from __future__ import annotations
+
+import torch
+
+
+def attention(
+    query, key, value, attn_mask=None, kv_lengths=None, query_offset=None, is_causal=False, scale=1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse, every step rounded to the dtype of the query."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(group, 1) for t in (key, value))
+    batch, _, queries, _ = query.shape
+    keys = key.shape[2]
+    logits = query @ key.mT * scale
+    seen = torch.ones(batch, 1, queries, keys, dtype=torch.bool)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            seen = seen & attn_mask
+        else:
+            logits = logits + attn_mask.to(logits.dtype)
+    if kv_lengths is not None:
+        seen = seen & (torch.arange(keys) < kv_lengths.view(-1, 1, 1, 1))
+    if is_causal:
+        offset = 0 if query_offset is None else query_offset.view(-1, 1, 1, 1)
+        seen = seen & (torch.arange(keys) <= torch.arange(queries).view(-1, 1) + offset)
+    logits = logits.masked_fill(~seen, -torch.inf)
+    if keys == 0:
+        return torch.zeros_like(query), torch.full(query.shape[:3], -torch.inf)
+    lse = logits.logsumexp(-1)
+    empty = lse == -torch.inf
+    # exp(logits - lse) loses log(sum) beside a mask of finfo.min; the softmax does not.
+    weights = logits.masked_fill(empty.unsqueeze(-1), 0).softmax(-1)
+    weights = weights.masked_fill(empty.unsqueeze(-1), 0)
+    return weights @ value, lse
+
+
+def assert_parity(got: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> None:
+    """Error of `got` at most twice that of eager in the same dtype, plus a rounding floor."""
+    eps = torch.finfo(got.dtype).eps
+    assert got.isfinite().all(), "not finite"
+    if got.numel() == 0:
+        return
+    ours, theirs = (got.double() - truth).abs(), (eager.double() - truth).abs()
+    size = truth.abs()
+    assert ours.max() <= 2 * theirs.max() + 2 * eps * size.max(), (ours.max(), theirs.max())
+    assert ours.mean() <= 2 * theirs.mean() + eps * size.mean(), (ours.mean(), theirs.mean())
