@@ -49,13 +49,10 @@ attention_forward_kernel(const AttentionForward p, int shares) {
   const Visibility view(p, batch, head);
   const LogitScale logit(p);
 
-  const T* query = static_cast<const T*>(p.query) + batch * p.query_stride.batch +
-                   head * p.query_stride.head;
-  const T* key = static_cast<const T*>(p.key) + batch * p.key_stride.batch +
-                 kv_head * p.key_stride.head;
-  const T* value = static_cast<const T*>(p.value) + batch * p.value_stride.batch +
-                   kv_head * p.value_stride.head;
-  T* out = static_cast<T*>(p.out) + batch * p.out_stride.batch + head * p.out_stride.head;
+  const T* query = rows_of<T>(p.query, p.query_stride, batch, head);
+  const T* key = rows_of<T>(p.key, p.key_stride, batch, kv_head);
+  const T* value = rows_of<T>(p.value, p.value_stride, batch, kv_head);
+  T* out = rows_of<T>(p.out, p.out_stride, batch, head);
   float* lse = p.lse + static_cast<int64_t>(flat_head) * p.queries;
 
   const int padded_keys = round_up(view.keys, TILE);
@@ -104,7 +101,7 @@ attention_forward_kernel(const AttentionForward p, int shares) {
       PATCHGEN_UNROLL
       for (int t = 0; t < KEY_TILES; ++t) {
         if (t >= key_tiles) break;
-        multiply_rows<T, D>(scores[t], queries, keys, t * TILE, lane);
+        multiply_rows(scores[t], queries, keys, t * TILE, lane);
         mask_scores<T, false>(scores[t], view, logit, first_query, t * TILE, lane);
       }
       row = softmax_rows<T, KEY_TILES>(weights, scores, logit);

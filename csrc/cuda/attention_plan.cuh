@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "attention_backward.cuh"
 #include "attention_forward.cuh"
 #include "plan.h"
 
@@ -22,18 +23,32 @@ void with_key_tiles(int keys, Use&& use) {
 // Calls run(instance, launch, kernel, arguments...).
 template <class T, class Run>
 void plan_attention_forward(const AttentionForward& p, int multiprocessors, Run&& run) {
-  const int heads = p.batch * p.heads, query_tiles = ceil_div(p.queries, TILE);
+  const int64_t heads = static_cast<int64_t>(p.batch) * p.heads;
+  const int query_tiles = ceil_div(p.queries, TILE);
   if (heads == 0 || query_tiles == 0) return;
   // One block a head, unless that leaves multiprocessors without two blocks to overlap.
   const int most = ceil_div(query_tiles, ForwardLayout::WARPS);
-  const int shares = std::clamp(ceil_div(2 * multiprocessors, heads), 1, most);
+  const int wanted = static_cast<int>((2 * multiprocessors + heads - 1) / heads);
+  const int shares = std::clamp(wanted, 1, most);
   with_width(p.head_dim, [&](auto width) {
     with_key_tiles(p.keys, [&](auto tiles) {
       run(Instance{"attention_forward", p.dtype, width, tiles},
-          Launch{static_cast<int64_t>(heads) * shares, ForwardLayout::THREADS,
+          Launch{heads * shares, ForwardLayout::THREADS,
                  forward_shared_bytes<width>(p.keys)},
           attention_forward_kernel<T, width, tiles>, p, shares);
     });
+  });
+}
+
+template <class T, class Run>
+void plan_attention_backward(const AttentionBackward& p, Run&& run) {
+  const int64_t kv_heads = static_cast<int64_t>(p.batch) * p.kv_heads;
+  if (kv_heads == 0 || (p.queries == 0 && p.keys == 0)) return;
+  with_width(p.head_dim, [&](auto width) {
+    run(Instance{"attention_backward", p.dtype, width, 0},
+        Launch{kv_heads, BackwardLayout::THREADS,
+               backward_shared_bytes<width>(p.queries, p.keys, p.heads / p.kv_heads)},
+        attention_backward_kernel<T, width>, p);
   });
 }
 

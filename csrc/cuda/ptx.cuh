@@ -15,6 +15,8 @@
 #define PATCHGEN_HOST_DEVICE __host__ __device__
 #define PATCHGEN_UNROLL _Pragma("unroll")
 #define PATCHGEN_NO_UNROLL _Pragma("unroll 1")
+#define PATCHGEN_PRAGMA(text) _Pragma(#text)
+#define PATCHGEN_UNROLL_BY(count) PATCHGEN_PRAGMA(unroll count)
 #define PATCHGEN_KERNEL(threads, min_blocks) __global__ void __launch_bounds__(threads, min_blocks)
 // 1024 bytes: what a 128-byte swizzle pattern of TMA and wgmma must be aligned to.
 #define PATCHGEN_SHARED_MEMORY(name) extern __shared__ __align__(1024) char name[]

@@ -14,13 +14,14 @@ PATCHGEN_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) /
 PATCHGEN_HOST_DEVICE constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
 // Rows of WIDTH elements, laid out so that eight consecutive rows at one chunk lie in different
-// banks: where the chunks of a row are a power of two they are permuted by the row (no space
-// lost), else the pitch is made odd (for WIDTH = 72 it is odd already).
+// banks: where 4 or 8 chunks make a row they are permuted by the row (no space lost), else the
+// pitch is made odd (for WIDTH = 72 it is odd already). At 16 chunks an odd pitch costs 6 % of
+// space, a permutation 8 address registers for every matrix that a loop reads.
 template <int WIDTH>
 struct SharedRows {
   static_assert(WIDTH % CHUNK == 0);
   static constexpr int CHUNKS = WIDTH / CHUNK;
-  static constexpr bool PERMUTED = CHUNKS >= 4 && (CHUNKS & (CHUNKS - 1)) == 0;
+  static constexpr bool PERMUTED = CHUNKS == 4 || CHUNKS == 8;
   static constexpr int PITCH = PERMUTED ? CHUNKS : CHUNKS | 1;
   static constexpr int ROW_BYTES = PITCH * CHUNK_BYTES;
   PATCHGEN_HOST_DEVICE static constexpr int bytes(int rows) { return rows * ROW_BYTES; }
@@ -28,9 +29,8 @@ struct SharedRows {
   uint32_t base;  // a multiple of 16 rows, so that permuting is an exclusive or of the address
 
   PATCHGEN_DEVICE uint32_t at(unsigned row, unsigned chunk) const {
-    constexpr unsigned ROWS_A_LINE = CHUNKS >= 8 ? 1 : 8 / CHUNKS;  // rows in 128 bytes
-    constexpr unsigned PERIOD = CHUNKS >= 8 ? 8 : CHUNKS;
-    unsigned place = PERMUTED ? chunk ^ (row / ROWS_A_LINE % PERIOD) : chunk;
+    constexpr unsigned ROWS_A_LINE = PERMUTED ? 8 / CHUNKS : 1;  // rows in 128 bytes
+    unsigned place = PERMUTED ? chunk ^ (row / ROWS_A_LINE % CHUNKS) : chunk;
     return base + row * ROW_BYTES + place * CHUNK_BYTES;
   }
 
@@ -69,21 +69,49 @@ PATCHGEN_DEVICE void copy_rows_async(SharedRows<WIDTH> to, const T* from, int64_
   }
 }
 
-// The 16 rows from `row` on as left operands over all of WIDTH: k-steps of 16, and one of 8 where
-// WIDTH asks for it (72 = 4 x 16 + 8), so that no product is spent on padding.
-template <class T, int WIDTH>
+// 16 rows as left operands over all of WIDTH: k-steps of 16, and one of 8 where WIDTH asks for it
+// (72 = 4 x 16 + 8), so that no product is spent on padding. HELD in registers, or, where there
+// are too few, loaded again for each product from rows that must then stay in shared memory.
+template <class T, int WIDTH, bool HELD = true>
 struct LeftFragments {
   static constexpr int STEPS = WIDTH / 16;
   static constexpr bool HALF_STEP = WIDTH % 16 != 0;
-  uint32_t step[STEPS][4];
-  uint32_t half[2];
+  uint32_t held[HELD ? STEPS : 1][4];
+  uint32_t held_half[2];
+  uint32_t address;
 
   PATCHGEN_DEVICE void load(SharedRows<WIDTH> rows, int row, int lane) {
-    const uint32_t own = down_first(rows, lane);
-    PATCHGEN_UNROLL
-    for (int k = 0; k < STEPS; ++k) load_matrix_x4(step[k], rows.moved(own, row, 2 * k));
-    // An x2 load takes its addresses from the lower 16 lanes only.
-    if constexpr (HALF_STEP) load_matrix_x2(half, rows.moved(own, row, 2 * STEPS));
+    address = rows.moved(down_first(rows, lane), row, 0);
+    if constexpr (HELD) {
+      PATCHGEN_UNROLL
+      for (int k = 0; k < STEPS; ++k) load_step(held[k], k);
+      if constexpr (HALF_STEP) load_half_step(held_half);
+    }
+  }
+  PATCHGEN_DEVICE void step(uint32_t (&a)[4], int k) const {
+    if constexpr (HELD) {
+      PATCHGEN_UNROLL
+      for (int i = 0; i < 4; ++i) a[i] = held[k][i];
+    } else {
+      load_step(a, k);
+    }
+  }
+  PATCHGEN_DEVICE void half_step(uint32_t (&a)[2]) const {
+    if constexpr (HELD) {
+      a[0] = held_half[0];
+      a[1] = held_half[1];
+    } else {
+      load_half_step(a);
+    }
+  }
+
+ private:
+  PATCHGEN_DEVICE void load_step(uint32_t (&a)[4], int k) const {
+    load_matrix_x4(a, SharedRows<WIDTH>::moved(address, 0, 2 * k));
+  }
+  // An x2 load takes its addresses from the lower 16 lanes only.
+  PATCHGEN_DEVICE void load_half_step(uint32_t (&a)[2]) const {
+    load_matrix_x2(a, SharedRows<WIDTH>::moved(address, 0, 2 * STEPS));
   }
 };
 
@@ -99,24 +127,28 @@ PATCHGEN_DEVICE void fill(Square& square, float value) {
 }
 
 // square = left right^T over WIDTH, where `right` is the 16 rows from `row` on.
-template <class T, int WIDTH>
-PATCHGEN_DEVICE void multiply_rows(Square& square, const LeftFragments<T, WIDTH>& left,
+template <class T, int WIDTH, bool HELD>
+PATCHGEN_DEVICE void multiply_rows(Square& square, const LeftFragments<T, WIDTH, HELD>& left,
                                    SharedRows<WIDTH> right, int row, int lane) {
-  using Left = LeftFragments<T, WIDTH>;
+  using Left = LeftFragments<T, WIDTH, HELD>;
   fill(square, 0.f);
+  // Where registers are short, not all loads of a row at once.
+  constexpr int TOGETHER = HELD ? Left::STEPS : 4;
   const uint32_t own = along_first(right, lane);
-  PATCHGEN_UNROLL
+  PATCHGEN_UNROLL_BY(TOGETHER)
   for (int k = 0; k < Left::STEPS; ++k) {
-    uint32_t b[4];  // rows 0-7: b[0], b[1]; rows 8-15: b[2], b[3]
+    uint32_t a[4], b[4];  // rows 0-7: b[0], b[1]; rows 8-15: b[2], b[3]
+    left.step(a, k);
     load_matrix_x4(b, right.moved(own, row, 2 * k));
-    multiply(T{}, square[0], left.step[k], b[0], b[1]);
-    multiply(T{}, square[1], left.step[k], b[2], b[3]);
+    multiply(T{}, square[0], a, b[0], b[1]);
+    multiply(T{}, square[1], a, b[2], b[3]);
   }
   if constexpr (Left::HALF_STEP) {
-    uint32_t b[2];
+    uint32_t a[2], b[2];
+    left.half_step(a);
     load_matrix_x2(b, right.moved(down_first(right, lane), row, 2 * Left::STEPS));
-    multiply(T{}, square[0], left.half, b[0]);
-    multiply(T{}, square[1], left.half, b[1]);
+    multiply(T{}, square[0], a, b[0]);
+    multiply(T{}, square[1], a, b[1]);
   }
 }
 

@@ -1,4 +1,4 @@
-// Which keys a query sees, and the mask that is added to its scores.
+// Where a head's rows lie, which keys a query sees, and the mask that is added to its scores.
 #pragma once
 
 #include "attention.h"
@@ -11,6 +11,16 @@ constexpr float MINUS_INFINITY = -INFINITY;
 
 PATCHGEN_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 PATCHGEN_DEVICE int max_of(int a, int b) { return a > b ? a : b; }
+
+// Row 0 of one head of one batch entry.
+template <class T>
+PATCHGEN_DEVICE const T* rows_of(const void* tensor, const Strides& stride, int batch, int head) {
+  return static_cast<const T*>(tensor) + batch * stride.batch + head * stride.head;
+}
+template <class T>
+PATCHGEN_DEVICE T* rows_of(void* tensor, const Strides& stride, int batch, int head) {
+  return static_cast<T*>(tensor) + batch * stride.batch + head * stride.head;
+}
 
 // Of one head of one batch entry. Lengths and offsets come from memory and are only clamped here:
 // a kernel cannot raise.

@@ -7,6 +7,7 @@
 #define PATCHGEN_HOST_DEVICE
 #define PATCHGEN_UNROLL
 #define PATCHGEN_NO_UNROLL
+#define PATCHGEN_UNROLL_BY(count)
 #define PATCHGEN_KERNEL(threads, min_blocks) inline void
 #define PATCHGEN_SHARED_MEMORY(name) char* name = emulator::current_block()->shared()
 
@@ -111,25 +112,31 @@ inline void copy_async_wait() {
 // ---- matrix fragments
 
 struct MatrixLoad {
-  uint32_t row;
+  uint16_t row[8];
+  uint32_t address;
   uint32_t* result;
 };
 
 // Lane 8 m + r gives row r of matrix m; of each matrix, lane l receives elements 2(l%4) and
-// 2(l%4) + 1 of row l/4, or when transposed of column l/4.
+// 2(l%4) + 1 of row l/4, or when transposed of column l/4. A lane's row is read when the lane comes
+// to the instruction, not when the last one does: what another lane has yet to make visible is
+// not seen.
 template <int MATRICES, bool TRANSPOSED>
 inline void load_matrices(uint32_t* result, uint32_t row) {
-  MatrixLoad mine{row, result};
+  MatrixLoad mine{{}, row, result};
+  if (emulator::current_block()->lane_in_warp() < MATRICES * 8) {
+    require(row % 16 == 0, "ldmatrix: row not aligned");
+    std::memcpy(mine.row, &shared_at<char>(row), 16);
+  }
   emulator::warp_instruction(mine, [](MatrixLoad** lanes) {
     emulator::Report& report = emulator::current_block()->report;
     for (int matrix = 0; matrix < MATRICES; ++matrix) {
       uint16_t element[8][8];
       int rows_in_bank[8] = {};
       for (int r = 0; r < 8; ++r) {
-        uint32_t address = lanes[matrix * 8 + r]->row;
-        require(address % 16 == 0, "ldmatrix: row not aligned");
-        std::memcpy(element[r], &shared_at<char>(address), 16);
-        ++rows_in_bank[address / 16 % 8];
+        const MatrixLoad& source = *lanes[matrix * 8 + r];
+        std::memcpy(element[r], source.row, 16);
+        ++rows_in_bank[source.address / 16 % 8];
       }
       ++report.matrices_loaded;
       report.wavefronts += *std::max_element(rows_in_bank, rows_in_bank + 8);

@@ -213,3 +213,32 @@ class Host:
         )
         self.call(function, AttentionForward(inputs, pointer(out), Strides.of(out), pointer(lse)))
         return out, lse
+
+    def attention_backward(
+        self,
+        grad_out,
+        grad_lse,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        attn_mask=None,
+        kv_lengths=None,
+        query_offset=None,
+        is_causal=False,
+        scale=1.0,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        inputs = self.attention_inputs(
+            query, key, value, attn_mask, kv_lengths, query_offset, is_causal, scale
+        )
+        grads = [rows_like(*tensor.shape, tensor.dtype) for tensor in (query, key, value)]
+        problem = AttentionBackward(
+            inputs,
+            *[pointer(tensor) for tensor in (out, lse, grad_out, grad_lse)],
+            *[Strides.of(tensor) for tensor in (out, grad_out)],
+            *[pointer(tensor) for tensor in grads],
+            *[Strides.of(tensor) for tensor in grads],
+        )
+        self.call("host_attention_backward", problem)
+        return grads[0], grads[1], grads[2]

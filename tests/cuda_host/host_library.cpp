@@ -57,3 +57,12 @@ extern "C" int host_attention_forward(const AttentionForward* problem, const Opt
     });
   });
 }
+
+extern "C" int host_attention_backward(const AttentionBackward* problem, const Options* options,
+                                       Result* result) {
+  return with_dtype(problem->dtype, [&](auto element) {
+    return run_on_host(*options, result, [&](auto run) {
+      plan_attention_backward<decltype(element)>(*problem, run);
+    });
+  });
+}

@@ -27,13 +27,23 @@ def attention(
         seen = seen & (torch.arange(keys) <= torch.arange(queries).view(-1, 1) + offset)
     logits = logits.masked_fill(~seen, -torch.inf)
     if keys == 0:
-        return torch.zeros_like(query), torch.full(query.shape[:3], -torch.inf)
-    lse = logits.logsumexp(-1)
-    empty = lse == -torch.inf
-    # exp(logits - lse) loses log(sum) beside a mask of finfo.min; the softmax does not.
-    weights = logits.masked_fill(empty.unsqueeze(-1), 0).softmax(-1)
-    weights = weights.masked_fill(empty.unsqueeze(-1), 0)
-    return weights @ value, lse
+        return query * 0, torch.full(query.shape[:3], -torch.inf)
+    # Rows that see nothing are computed as rows of zeros and overwritten: autograd of an empty
+    # softmax is NaN. exp(logits - lse) would lose log(sum) beside finfo.min; the softmax does not.
+    empty = ~(logits > -torch.inf).any(-1)
+    logits = logits.masked_fill(empty.unsqueeze(-1), 0)
+    weights = logits.softmax(-1).masked_fill(empty.unsqueeze(-1), 0)
+    return weights @ value, logits.logsumexp(-1).masked_fill(empty, -torch.inf)
+
+
+def attention_gradients(query, key, value, grad_out, grad_lse, **options):
+    """Gradients by autograd of the same formula, in the inputs' dtype."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (query, key, value)]
+    out, lse = attention(*leaves, **options)
+    torch.autograd.backward(out, grad_out.to(out.dtype), retain_graph=grad_lse is not None)
+    if grad_lse is not None and lse.requires_grad:
+        torch.autograd.backward(lse, grad_lse.to(lse.dtype))
+    return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
 
 
 def assert_parity(got: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> None:
