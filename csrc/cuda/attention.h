@@ -64,9 +64,13 @@ struct AttentionBackward : AttentionInputs {
 // memory; both bound the count of keys.
 constexpr int SHORT_SEQUENCE = 272;
 
-// ---- launchers: no synchronisation; `stream` is a cudaStream_t of `device`. They throw
-// std::runtime_error with the kernel's name, the shape and the remedy.
+// ---- launchers: no synchronisation, no allocation; `stream` is a cudaStream_t of `device`. They
+// throw std::runtime_error with the kernel's name, the shape and the remedy.
 void launch_attention_forward(const AttentionForward& problem, int device, void* stream);
 void launch_attention_backward(const AttentionBackward& problem, int device, void* stream);
+
+// Bytes of shared memory that a block of the kernel takes: what decides whether a GPU can run it.
+int64_t attention_forward_shared_memory(int head_dim, int keys);
+int64_t attention_backward_shared_memory(int head_dim, int queries, int keys, int group);
 
 }  // namespace patchgen_fast::cuda

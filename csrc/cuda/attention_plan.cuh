@@ -35,7 +35,7 @@ void plan_attention_forward(const AttentionForward& p, int multiprocessors, Run&
       run(Instance{"attention_forward", p.dtype, width, tiles},
           Launch{heads * shares, ForwardLayout::THREADS,
                  forward_shared_bytes<width>(p.keys)},
-          attention_forward_kernel<T, width, tiles>, p, shares);
+          Kernel<attention_forward_kernel<T, width, tiles>>{}, p, shares);
     });
   });
 }
@@ -48,7 +48,7 @@ void plan_attention_backward(const AttentionBackward& p, Run&& run) {
     run(Instance{"attention_backward", p.dtype, width, 0},
         Launch{kv_heads, BackwardLayout::THREADS,
                backward_shared_bytes<width>(p.queries, p.keys, p.heads / p.kv_heads)},
-        attention_backward_kernel<T, width>, p);
+        Kernel<attention_backward_kernel<T, width>>{}, p);
   });
 }
 

@@ -25,6 +25,10 @@ struct Instance {
   }
 };
 
+// A kernel as a type, so that a launcher can keep what it knows of each.
+template <auto* FUNCTION>
+struct Kernel {};
+
 struct Launch {
   int64_t blocks;
   int threads;

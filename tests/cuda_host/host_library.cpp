@@ -19,6 +19,11 @@ struct Result {
   char error[512];
 };
 
+template <auto* FUNCTION, class... Arguments>
+void call(Kernel<FUNCTION>, const Arguments&... arguments) {
+  FUNCTION(arguments...);
+}
+
 template <class Plan>
 int run_on_host(const Options& options, Result* result, Plan plan) {
   emulator::Options how{options.late_copies ? emulator::Timing::LATE : emulator::Timing::EARLY,
@@ -28,7 +33,7 @@ int run_on_host(const Options& options, Result* result, Plan plan) {
     plan([&](const Instance&, const Launch& launch, auto kernel, const auto&... arguments) {
       emulator::Report report = emulator::launch(
           static_cast<unsigned>(launch.blocks), launch.threads, launch.shared_bytes, how,
-          [&] { kernel(arguments...); });
+          [&] { call(kernel, arguments...); });
       result->matrices_loaded += report.matrices_loaded;
       result->wavefronts += report.wavefronts;
       result->products += report.products;
