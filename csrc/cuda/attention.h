@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace patchgen_fast::cuda {
+#include "dtype.h"
 
-enum class DType : int { BFLOAT16, FLOAT16, FLOAT32, UINT8, BOOL };
+namespace patchgen_fast::cuda {
 
 // In elements; the elements of a row are adjacent.
 struct Strides {

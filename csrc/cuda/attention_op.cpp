@@ -1,5 +1,6 @@
 // attention and attention_backward on CUDA: the torch boundary of attention.h.
 #include "../counters.h"
+#include "attention.h"
 #include "boundary.h"
 
 namespace patchgen_fast::cuda {

@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
+#include "dtype.h"
 
 // Lives in libtorch_cuda; weak, so that the library loads beside a torch without CUDA.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream)

@@ -7,7 +7,7 @@
 #include <string>
 #include <type_traits>
 
-#include "attention.h"
+#include "dtype.h"
 
 namespace patchgen_fast::cuda {
 

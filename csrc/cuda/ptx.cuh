@@ -63,10 +63,20 @@ PATCHGEN_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits
 
 // ---- asynchronous copies from global to shared memory (sm_80)
 
-// Copies `bytes` (0 or 16) and fills the rest of the 16 with zeros; both addresses 16-byte aligned.
+// Copies `bytes` (0 to 16) and fills the rest of the 16 with zeros; both addresses 16-byte aligned.
 PATCHGEN_DEVICE void copy_async_16(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared),
                "l"(global), "r"(bytes)
+               : "memory");
+}
+
+// The same for 8 and 4 bytes, for rows that are not aligned to 16; these pass through L1.
+PATCHGEN_DEVICE void copy_async_8(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(bytes)
+               : "memory");
+}
+PATCHGEN_DEVICE void copy_async_4(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes)
                : "memory");
 }
 

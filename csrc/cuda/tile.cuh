@@ -13,6 +13,9 @@ constexpr int CHUNK_BYTES = 16;
 PATCHGEN_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 PATCHGEN_HOST_DEVICE constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
+PATCHGEN_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+PATCHGEN_DEVICE int max_of(int a, int b) { return a > b ? a : b; }
+
 // Rows of WIDTH elements, laid out so that eight consecutive rows at one chunk lie in different
 // banks: where 4 or 8 chunks make a row they are permuted by the row (no space lost), else the
 // pitch is made odd (for WIDTH = 72 it is odd already). At 16 chunks an odd pitch costs 6 % of

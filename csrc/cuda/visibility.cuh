@@ -9,9 +9,6 @@ namespace patchgen_fast::cuda {
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float MINUS_INFINITY = -INFINITY;
 
-PATCHGEN_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
-PATCHGEN_DEVICE int max_of(int a, int b) { return a > b ? a : b; }
-
 // Row 0 of one head of one batch entry.
 template <class T>
 PATCHGEN_DEVICE const T* rows_of(const void* tensor, const Strides& stride, int batch, int head) {

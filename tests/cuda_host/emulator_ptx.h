@@ -84,15 +84,26 @@ inline void land(const emulator::PendingCopy& copy) {
   std::memset(static_cast<char*>(copy.shared) + copy.bytes, 0, copy.size - copy.bytes);
 }
 
-inline void copy_async_16(uint32_t shared, const void* global, int bytes) {
-  require(shared % 16 == 0, "cp.async: shared address not aligned");
-  require(reinterpret_cast<uintptr_t>(global) % 16 == 0, "cp.async: global address not aligned");
+template <int SIZE>
+inline void copy_async(uint32_t shared, const void* global, int bytes) {
+  require(shared % SIZE == 0, "cp.async: shared address not aligned");
+  require(reinterpret_cast<uintptr_t>(global) % SIZE == 0, "cp.async: global address not aligned");
+  require(0 <= bytes && bytes <= SIZE, "cp.async: more bytes than its size");
   emulator::Block& block = *emulator::current_block();
-  emulator::PendingCopy copy{&shared_at<char>(shared), global, bytes, 16};
+  emulator::PendingCopy copy{&shared_at<char>(shared), global, bytes, SIZE};
   if (block.options.copies == emulator::Timing::EARLY)
     land(copy);
   else
     block.lane().copy_groups.back().push_back(copy);
+}
+inline void copy_async_16(uint32_t shared, const void* global, int bytes) {
+  copy_async<16>(shared, global, bytes);
+}
+inline void copy_async_8(uint32_t shared, const void* global, int bytes) {
+  copy_async<8>(shared, global, bytes);
+}
+inline void copy_async_4(uint32_t shared, const void* global, int bytes) {
+  copy_async<4>(shared, global, bytes);
 }
 
 inline void copy_async_commit() {

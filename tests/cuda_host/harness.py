@@ -115,6 +115,51 @@ class AttentionBackward(ctypes.Structure):
     ]
 
 
+class PatchGeometry(ctypes.Structure):
+    _fields_ = [
+        ("images", ctypes.c_void_p),
+        ("image_dtype", ctypes.c_int),
+        *[(f"{name}_stride", ctypes.c_int64) for name in ("b", "c", "t", "y", "x")],
+        *[(name, ctypes.c_int) for name in ("batch", "channels")],
+        *[(name, ctypes.c_int) for name in ("patch_t", "patch_h", "patch_w")],
+        *[(name, ctypes.c_int) for name in ("grid_t", "grid_h", "grid_w")],
+        *[(name, ctypes.c_void_p) for name in ("mean", "std")],
+    ]
+
+    @classmethod
+    def of(cls, images, weight, mean, std) -> PatchGeometry:
+        if images.dim() == 4:
+            images, weight = images.unsqueeze(2), weight.unsqueeze(2)
+        batch, channels, *size = images.shape
+        patch = weight.shape[2:]
+        grid = [n // p for n, p in zip(size, patch, strict=True)]
+        return cls(
+            *(images.data_ptr(), DTYPES[images.dtype], *images.stride(), batch, channels),
+            *(*patch, *grid, pointer(mean), pointer(std)),
+        )
+
+    @property
+    def patches(self) -> int:
+        return self.grid_t * self.grid_h * self.grid_w
+
+
+class PatchEmbedForward(ctypes.Structure):
+    _fields_ = [
+        ("geometry", PatchGeometry),
+        *[(n, ctypes.c_void_p) for n in ("weight", "bias", "pos_embed", "prefix", "out")],
+        *[(name, ctypes.c_int) for name in ("prefix_tokens", "embed", "dtype")],
+    ]
+
+
+class PatchEmbedBackward(ctypes.Structure):
+    _fields_ = [
+        ("geometry", PatchGeometry),
+        *[(name, ctypes.c_void_p) for name in ("weight", "grad_out", "grad_images")],
+        *[(name, ctypes.c_void_p) for name in ("grad_weight", "grad_sum", "workspace")],
+        *[(name, ctypes.c_int) for name in ("splits", "prefix_tokens", "embed", "dtype")],
+    ]
+
+
 class Options(ctypes.Structure):
     _fields_ = [
         ("late_copies", ctypes.c_int),
@@ -158,14 +203,14 @@ class Host:
     left_out_index: int = 0
     result: Result | None = None
 
-    def call(self, function: str, problem: ctypes.Structure) -> None:
+    def call(self, function: str, *problem: ctypes.Structure) -> None:
         left_out = SYNCS.index(self.left_out)
         options = Options(
             self.late_copies, self.seed, self.multiprocessors, left_out, self.left_out_index
         )
         self.result = Result()
         status = getattr(self.library, function)(
-            ctypes.byref(problem), ctypes.byref(options), ctypes.byref(self.result)
+            *map(ctypes.byref, problem), ctypes.byref(options), ctypes.byref(self.result)
         )
         if status:
             raise EmulatorError(self.result.error.decode())
@@ -242,3 +287,34 @@ class Host:
         )
         self.call("host_attention_backward", problem)
         return grads[0], grads[1], grads[2]
+
+    def patch_embed(
+        self, images, weight, bias=None, pos_embed=None, prefix=None, mean=None, std=None
+    ) -> torch.Tensor:
+        geometry = PatchGeometry.of(images, weight, mean, std)
+        prefix_tokens = 0 if prefix is None else prefix.shape[0]
+        tokens, embed = prefix_tokens + geometry.patches, weight.shape[0]
+        out = torch.full((images.shape[0], tokens, embed), torch.nan, dtype=weight.dtype)
+        parameters = [pointer(tensor) for tensor in (weight, bias, pos_embed, prefix, out)]
+        sizes = (prefix_tokens, embed, DTYPES[weight.dtype])
+        self.call("host_patch_embed", PatchEmbedForward(geometry, *parameters, *sizes))
+        return out
+
+    def patch_embed_backward(
+        self, grad_out, images, weight, mean=None, std=None, images_grad=True
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        geometry = PatchGeometry.of(images, weight, mean, std)
+        grad_images = torch.zeros(images.shape, dtype=images.dtype) if images_grad else None
+        grad_geometry = PatchGeometry.of(images if grad_images is None else grad_images, weight, mean, std)
+        grad_weight = torch.full(weight.shape, torch.nan, dtype=weight.dtype)
+        grad_sum = torch.full(grad_out.shape[1:], torch.nan)
+        splits = self.library.host_patch_embed_splits(
+            ctypes.byref(geometry), weight.shape[0], self.multiprocessors
+        )
+        workspace = torch.full((splits, *weight.shape), torch.nan)
+        tensors = (weight, grad_out, grad_images, grad_weight, grad_sum, workspace)
+        prefix_tokens = grad_out.shape[1] - geometry.patches
+        sizes = (splits, prefix_tokens, weight.shape[0], DTYPES[weight.dtype])
+        problem = PatchEmbedBackward(geometry, *map(pointer, tensors), *sizes)
+        self.call("host_patch_embed_backward", problem, grad_geometry)
+        return grad_images, grad_weight, grad_sum

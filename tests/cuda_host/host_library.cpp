@@ -1,6 +1,7 @@
 // The kernels of csrc/cuda, compiled for the host and run by the emulator. Python calls these
 // through ctypes; each returns 0, or 1 with a message in `error`.
 #include "attention_plan.cuh"
+#include "patch_embed_plan.cuh"
 
 using namespace patchgen_fast::cuda;
 
@@ -68,6 +69,30 @@ extern "C" int host_attention_backward(const AttentionBackward* problem, const O
   return with_dtype(problem->dtype, [&](auto element) {
     return run_on_host(*options, result, [&](auto run) {
       plan_attention_backward<decltype(element)>(*problem, run);
+    });
+  });
+}
+
+extern "C" int host_patch_embed(const PatchEmbedForward* problem, const Options* options,
+                                Result* result) {
+  return with_dtype(problem->dtype, [&](auto element) {
+    return run_on_host(*options, result, [&](auto run) {
+      plan_patch_embed<decltype(element)>(*problem, run);
+    });
+  });
+}
+
+extern "C" int host_patch_embed_splits(const PatchGeometry* geometry, int embed,
+                                       int multiprocessors) {
+  return plan_splits(*geometry, embed, multiprocessors);
+}
+
+extern "C" int host_patch_embed_backward(const PatchEmbedBackward* problem,
+                                         const PatchGeometry* grad_geometry,
+                                         const Options* options, Result* result) {
+  return with_dtype(problem->dtype, [&](auto element) {
+    return run_on_host(*options, result, [&](auto run) {
+      plan_patch_embed_backward<decltype(element)>(*problem, *grad_geometry, run);
     });
   });
 }

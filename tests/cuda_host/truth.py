@@ -46,6 +46,28 @@ def attention_gradients(query, key, value, grad_out, grad_lse, **options):
     return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
 
 
+def patch_embed(
+    images, weight, bias=None, pos_embed=None, prefix=None, mean=None, std=None
+) -> torch.Tensor:
+    """Patch embedding in weight's dtype; in float64 nothing is rounded on the way."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    x = images.to(wide) / (255 if images.dtype == torch.uint8 else 1)
+    broadcast = (1, -1) + (1,) * (x.dim() - 2)
+    if mean is not None:
+        x = x - mean.view(broadcast)
+    if std is not None:
+        x = x / std.view(broadcast)
+    convolve = torch.nn.functional.conv3d if x.dim() == 5 else torch.nn.functional.conv2d
+    out = convolve(x.to(weight.dtype), weight, stride=weight.shape[2:]).flatten(2).mT
+    if bias is not None:
+        out = out + bias
+    if pos_embed is not None:
+        out = out + pos_embed
+    if prefix is not None:
+        out = torch.cat([prefix.expand(out.shape[0], *prefix.shape), out], 1)
+    return out
+
+
 def assert_parity(got: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> None:
     """Error of `got` at most twice that of eager in the same dtype, plus a rounding floor."""
     eps = torch.finfo(got.dtype).eps
