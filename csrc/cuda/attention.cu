@@ -14,6 +14,18 @@ void launch_attention_backward(const AttentionBackward& p, int device, void* str
   plan_attention_backward<float16>(p, run);
 }
 
+DecodeSize attention_decode_size(const AttentionInputs& p, int device) {
+  return decode_size(p, device_facts(device).multiprocessors);
+}
+
+void launch_attention_decode(const AttentionForward& p, const DecodeWork& work, int device,
+                             void* stream) {
+  check_head_dim(p);
+  Launcher run(device, stream, [&] { return shape_of(p); });
+  if (p.dtype == DType::BFLOAT16) return plan_attention_decode<bfloat16>(p, work, run);
+  plan_attention_decode<float16>(p, work, run);
+}
+
 int64_t attention_forward_shared_memory(int head_dim, int keys) {
   int64_t bytes = 0;
   with_width(head_dim, [&](auto width) { bytes = forward_shared_bytes<width>(keys); });
@@ -30,6 +42,16 @@ int64_t attention_backward_shared_memory(int head_dim, int queries, int keys, in
 void describe_attention_forward(int device, std::vector<KernelFacts>& list) {
   describe_forward_as<bfloat16>(DType::BFLOAT16, device, list);
   describe_forward_as<float16>(DType::FLOAT16, device, list);
+}
+
+void describe_attention_decode(int device, std::vector<KernelFacts>& list) {
+  Describer run(device, list);
+  for_each_size(DType::BFLOAT16, [&](const AttentionInputs& inputs) {
+    AttentionForward p{};
+    static_cast<AttentionInputs&>(p) = inputs;
+    p.queries = 1;
+    if (p.keys == SHORT_SEQUENCE) plan_attention_decode<bfloat16>(p, {nullptr, nullptr, 1}, run);
+  });
 }
 
 void describe_attention_backward(int device, std::vector<KernelFacts>& list) {

@@ -48,6 +48,21 @@ struct AttentionForward : AttentionInputs {
   float* lse;  // [batch, heads, queries], contiguous; natural logarithm, -inf for an empty row
 };
 
+// Up to so many queries are taken as a step of generation: any number of keys, split among blocks.
+constexpr int FEW_QUERIES = 8;
+
+// Where blocks of the same rows leave what the last of them joins; null with one split.
+struct DecodeWork {
+  float* partial;     // [row tiles, splits, 16, width + 2]: output, then greatest, then sum
+  unsigned* tickets;  // [row tiles], zeros
+  int splits;
+};
+
+struct DecodeSize {
+  int splits;
+  int64_t partial_floats, tickets;
+};
+
 struct AttentionBackward : AttentionInputs {
   const void* out;       // as the forward wrote them
   const float* lse;
@@ -67,6 +82,9 @@ constexpr int SHORT_SEQUENCE = 272;
 // ---- launchers: no synchronisation, no allocation; `stream` is a cudaStream_t of `device`. They
 // throw std::runtime_error with the kernel's name, the shape and the remedy.
 void launch_attention_forward(const AttentionForward& problem, int device, void* stream);
+void launch_attention_decode(const AttentionForward& problem, const DecodeWork& work, int device,
+                             void* stream);
+DecodeSize attention_decode_size(const AttentionInputs& problem, int device);
 void launch_attention_backward(const AttentionBackward& problem, int device, void* stream);
 
 // Bytes of shared memory that a block of the kernel takes: what decides whether a GPU can run it.

@@ -14,11 +14,15 @@ inline std::string shape_of(const AttentionInputs& p) {
 }
 
 // What the kernels cannot do whatever the GPU. Dispatch refuses it before; this is the last line.
-inline void check_served(const AttentionInputs& p, bool short_queries) {
+inline void check_head_dim(const AttentionInputs& p) {
   if (p.head_dim < CHUNK || p.head_dim > 128 || p.head_dim % CHUNK != 0)
     fail("CUDA attention expects a head dimension that is a multiple of 8 up to 128, got " +
              shape_of(p),
          "pass backend=None or backend=\"triton\"");
+}
+
+inline void check_served(const AttentionInputs& p, bool short_queries) {
+  check_head_dim(p);
   if (p.keys > SHORT_SEQUENCE || (short_queries && p.queries > SHORT_SEQUENCE))
     fail("CUDA attention expects at most " + std::to_string(SHORT_SEQUENCE) + " keys" +
              (short_queries ? " and queries" : "") + ", got " + shape_of(p),

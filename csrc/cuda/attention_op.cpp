@@ -65,6 +65,22 @@ AttentionInputs inputs_of(const Tensor& query, const Tensor& key, const Tensor& 
   return p;
 }
 
+void launch_forward(const AttentionForward& p, const Tensor& query) {
+  const int device = query.get_device_index();
+  void* stream = current_stream(device);
+  if (p.queries > FEW_QUERIES) return launch_attention_forward(p, device, stream);
+  const DecodeSize size = attention_decode_size(p, device);
+  if (size.splits == 1)
+    return launch_attention_decode(p, {nullptr, nullptr, 1}, device, stream);
+  Tensor partial = new_tensor(query, {size.partial_floats}, ScalarType::Float);
+  Tensor tickets = new_tensor(query, {size.tickets}, ScalarType::Int);
+  torch::stable::zero_(tickets);
+  launch_attention_decode(p,
+                          {static_cast<float*>(partial.mutable_data_ptr()),
+                           static_cast<unsigned*>(tickets.mutable_data_ptr()), size.splits},
+                          device, stream);
+}
+
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value,
                                      OptionalTensor attn_mask, OptionalTensor kv_lengths,
                                      OptionalTensor query_offset, bool is_causal, double scale) {
@@ -82,8 +98,7 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value,
   p.out = out.mutable_data_ptr();
   p.out_stride = strides_of(out);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  const int device = query.get_device_index();
-  launch_attention_forward(p, device, current_stream(device));
+  launch_forward(p, query);
   return {out, lse};
 }
 

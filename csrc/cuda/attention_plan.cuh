@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "attention_backward.cuh"
+#include "attention_decode.cuh"
 #include "attention_forward.cuh"
 #include "plan.h"
 
@@ -49,6 +50,31 @@ void plan_attention_backward(const AttentionBackward& p, Run&& run) {
         Launch{kv_heads, BackwardLayout::THREADS,
                backward_shared_bytes<width>(p.queries, p.keys, p.heads / p.kv_heads)},
         Kernel<attention_backward_kernel<T, width>>{}, p);
+  });
+}
+
+// Enough splits for four blocks a multiprocessor, none shorter than 128 keys.
+inline DecodeSize decode_size(const AttentionInputs& p, int multiprocessors) {
+  const int64_t row_tiles = static_cast<int64_t>(p.batch) * p.kv_heads *
+                            ceil_div(p.heads / p.kv_heads * p.queries, TILE);
+  if (row_tiles == 0) return {1, 0, 0};
+  const int64_t wanted = (4 * multiprocessors + row_tiles - 1) / row_tiles;
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max(1, p.keys / 128));
+  if (splits == 1) return {1, 0, 0};
+  int64_t floats = 0;
+  with_width(p.head_dim, [&](auto width) { floats = row_tiles * splits * TILE * (width + 2); });
+  return {static_cast<int>(splits), floats, row_tiles};
+}
+
+template <class T, class Run>
+void plan_attention_decode(const AttentionForward& p, const DecodeWork& work, Run&& run) {
+  const int64_t row_tiles = static_cast<int64_t>(p.batch) * p.kv_heads *
+                            ceil_div(p.heads / p.kv_heads * p.queries, TILE);
+  if (row_tiles == 0) return;
+  with_width(p.head_dim, [&](auto width) {
+    run(Instance{"attention_decode", p.dtype, width, 0},
+        Launch{row_tiles * work.splits, DecodeLayout::THREADS, decode_shared_bytes<width>()},
+        Kernel<attention_decode_kernel<T, width>>{}, p, work);
   });
 }
 

@@ -61,6 +61,8 @@ struct PatchEmbedBackward {
 int patch_embed_splits(const PatchGeometry& geometry, int embed, int device);
 
 void launch_patch_embed(const PatchEmbedForward& problem, int device, void* stream);
-void launch_patch_embed_backward(const PatchEmbedBackward& problem, int device, void* stream);
+// `grads`: the geometry with the strides of grad_images.
+void launch_patch_embed_backward(const PatchEmbedBackward& problem, const PatchGeometry& grads,
+                                 int device, void* stream);
 
 }  // namespace patchgen_fast::cuda

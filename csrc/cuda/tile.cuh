@@ -81,7 +81,7 @@ struct LeftFragments {
   static constexpr bool HALF_STEP = WIDTH % 16 != 0;
   uint32_t held[HELD ? STEPS : 1][4];
   uint32_t held_half[2];
-  uint32_t address;
+  uint32_t address = 0;
 
   PATCHGEN_DEVICE void load(SharedRows<WIDTH> rows, int row, int lane) {
     address = rows.moved(down_first(rows, lane), row, 0);
@@ -136,7 +136,7 @@ PATCHGEN_DEVICE void multiply_rows(Square& square, const LeftFragments<T, WIDTH,
   using Left = LeftFragments<T, WIDTH, HELD>;
   fill(square, 0.f);
   // Where registers are short, not all loads of a row at once.
-  constexpr int TOGETHER = HELD ? Left::STEPS : 4;
+  [[maybe_unused]] constexpr int TOGETHER = HELD ? Left::STEPS : 4;
   const uint32_t own = along_first(right, lane);
   PATCHGEN_UNROLL_BY(TOGETHER)
   for (int k = 0; k < Left::STEPS; ++k) {
