@@ -13,11 +13,13 @@ namespace patchgen_fast::cuda {
 // Calls use(Constant<TILES>) with the least bound we have on tiles of 16 keys. Within it a kernel
 // skips the products of absent tiles; the bound decides registers, so there are few.
 template <class Use>
-void with_key_tiles(int keys, Use&& use) {
-  int tiles = ceil_div(keys, TILE);
+void with_key_tiles([[maybe_unused]] int keys, Use&& use) {
+#if !defined(PATCHGEN_FEWER_INSTANCES)
+  const int tiles = ceil_div(keys, TILE);
   if (tiles <= 4) return use(Constant<4>{});
   if (tiles <= 8) return use(Constant<8>{});
   if (tiles <= 13) return use(Constant<13>{});
+#endif
   return use(Constant<17>{});
 }
 

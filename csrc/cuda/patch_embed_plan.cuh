@@ -13,8 +13,10 @@ namespace patchgen_fast::cuda {
 template <class Use>
 void with_pixel(DType dtype, Use&& use) {
   if (dtype == DType::UINT8) return use(uint8_t{});
+#if !defined(PATCHGEN_FEWER_INSTANCES)
   if (dtype == DType::BFLOAT16) return use(bfloat16{});
   if (dtype == DType::FLOAT16) return use(float16{});
+#endif
   return use(float{});
 }
 

@@ -17,7 +17,7 @@
 extern "C" void patchgen_fiber_switch(void** from, void* to);
 asm(R"(
 .text
-.globl patchgen_fiber_switch
+.weak patchgen_fiber_switch
 .type patchgen_fiber_switch, @function
 patchgen_fiber_switch:
   pushq %rbp

@@ -20,7 +20,7 @@ import torch
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "csrc" / "cuda"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 # What a mutation test can leave out, in the order of emulator.h.
 SYNCS = ("none", "block barrier", "warp barrier", "copy wait", "memory barrier")
@@ -43,19 +43,29 @@ def why_not() -> str | None:
     return None
 
 
-def build(folder: Path, extra: tuple[str, ...] = (), kernels: Path = KERNELS) -> ctypes.CDLL:
+def build(folder: Path, extra: tuple[str, ...] = (), kernels: Path = KERNELS) -> Path:
     """The kernels under `kernels` as a shared library, compiled once for each set of sources."""
     sources = sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp"), *kernels.glob("*")])
     text = b"".join(path.read_bytes() for path in sources if path.is_file())
     name = hashlib.sha256(text + " ".join([str(COMPILER), *FLAGS, *extra]).encode()).hexdigest()
     library = folder / f"{name[:16]}.so"
-    if not library.exists():
-        part = library.with_suffix(".part")
-        command = [str(COMPILER), *FLAGS, *extra, f"-I{HERE}", f"-I{kernels}"]
-        command += [str(HERE / "host_library.cpp"), "-o", str(part)]
-        subprocess.run(command, check=True)
-        part.rename(library)
-    return ctypes.CDLL(str(library))
+    if library.exists():
+        return library
+    command = [str(COMPILER), *FLAGS, *extra, f"-I{HERE}", f"-I{kernels}"]
+    jobs = []
+    for source in sorted(HERE.glob("host_*.cpp")):
+        target = folder / f"{name[:16]}.{source.stem}.o"
+        jobs.append((target, subprocess.Popen([*command, "-c", str(source), "-o", str(target)])))
+    for target, job in jobs:
+        if job.wait() != 0:
+            raise RuntimeError(f"{target.name} does not compile: see what the compiler wrote")
+    part = library.with_suffix(".part")
+    objects = [str(target) for target, _ in jobs]
+    subprocess.run([*command, "-shared", *objects, "-o", str(part)], check=True)
+    part.rename(library)
+    for target, _ in jobs:
+        target.unlink()
+    return library
 
 
 class Strides(ctypes.Structure):

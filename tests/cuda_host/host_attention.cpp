@@ -1,0 +1,35 @@
+// The attention kernels of csrc/cuda, compiled for the host.
+#include "attention_plan.cuh"
+#include "host.h"
+
+extern "C" int host_attention_forward(const AttentionForward* problem, const Options* options,
+                                      Result* result) {
+  return with_dtype(problem->dtype, [&](auto element) {
+    return run_on_host(*options, result, [&](auto run) {
+      plan_attention_forward<decltype(element)>(*problem, options->multiprocessors, run);
+    });
+  });
+}
+
+extern "C" int host_attention_decode(const AttentionForward* problem, const Options* options,
+                                     Result* result) {
+  const DecodeSize size = decode_size(*problem, options->multiprocessors);
+  // Of the exact sizes, and NaN where a GPU would have whatever was there.
+  std::vector<float> partial(size.partial_floats, NAN);
+  std::vector<unsigned> tickets(size.tickets, 0);
+  return with_dtype(problem->dtype, [&](auto element) {
+    return run_on_host(*options, result, [&](auto run) {
+      plan_attention_decode<decltype(element)>(
+          *problem, {partial.data(), tickets.data(), size.splits}, run);
+    });
+  });
+}
+
+extern "C" int host_attention_backward(const AttentionBackward* problem, const Options* options,
+                                       Result* result) {
+  return with_dtype(problem->dtype, [&](auto element) {
+    return run_on_host(*options, result, [&](auto run) {
+      plan_attention_backward<decltype(element)>(*problem, run);
+    });
+  });
+}
