@@ -14,9 +14,9 @@ struct Strides {
 
 enum class MaskKind : int {
   NONE,
-  BOOL,      // true attends
-  ELEMENT,   // added, of the query's dtype
-  FLOAT32,   // added
+  BOOL,     // true attends
+  ELEMENT,  // added, of the query's dtype
+  FLOAT32,  // added
 };
 
 // Read as [batch, heads, queries, keys]; the stride of a broadcast dimension is 0.
@@ -29,15 +29,15 @@ struct Mask {
 // Query i of batch b sees key j iff the mask allows it, j < kv_lengths[b], and, when causal,
 // j <= i + query_offset[b].
 struct AttentionInputs {
-  const void* query;            // [batch, heads, queries, head_dim]
-  const void* key;              // [batch, kv_heads, keys, head_dim]
-  const void* value;            // [batch, kv_heads, keys, head_dim]
+  const void* query;  // [batch, heads, queries, head_dim]
+  const void* key;    // [batch, kv_heads, keys, head_dim]
+  const void* value;  // [batch, kv_heads, keys, head_dim]
   Strides query_stride, key_stride, value_stride;
   Mask mask;
   const int32_t* kv_lengths;    // [batch], or null: all keys
   const int32_t* query_offset;  // [batch], or null: 0
   int batch, heads, kv_heads, queries, keys, head_dim;
-  DType dtype;                  // of query, key and value: BFLOAT16 or FLOAT16
+  DType dtype;  // of query, key and value: BFLOAT16 or FLOAT16
   bool causal;
   float scale;
 };
@@ -64,9 +64,9 @@ struct DecodeSize {
 };
 
 struct AttentionBackward : AttentionInputs {
-  const void* out;       // as the forward wrote them
+  const void* out;  // as the forward wrote them
   const float* lse;
-  const void* grad_out;  // [batch, heads, queries, head_dim]
+  const void* grad_out;   // [batch, heads, queries, head_dim]
   const float* grad_lse;  // [batch, heads, queries], contiguous, or null
   Strides out_stride, grad_out_stride;
   void* grad_query;  // the gradients have the shapes and dtypes of what they are gradients of

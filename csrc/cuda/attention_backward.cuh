@@ -59,10 +59,9 @@ PATCHGEN_DEVICE float delta_of_row(SharedRows<D> grad_out, const T* out, int64_t
       uint4 b = shared_at<uint4>(grad_out.at(row, chunk));
       const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
       PATCHGEN_UNROLL
-      for (int i = 0; i < 4; ++i)
-        PATCHGEN_UNROLL
-        for (int half = 0; half < 2; ++half)
-          sum += unpack<T>(left[i], half) * unpack<T>(right[i], half);
+      for (int i = 0; i < 4; ++i) PATCHGEN_UNROLL
+      for (int half = 0; half < 2; ++half)
+        sum += unpack<T>(left[i], half) * unpack<T>(right[i], half);
     }
   return sum + shuffle_xor(sum, 1);
 }
@@ -71,9 +70,8 @@ PATCHGEN_DEVICE float delta_of_row(SharedRows<D> grad_out, const T* out, int64_t
 // finfo.min the saved log-sum-exp has lost the logarithm of the sum.
 template <class T, class Left, int D>
 PATCHGEN_DEVICE RowStatistics recompute_statistics(const Left& queries, SharedRows<D> keys,
-                                                   const Visibility& view,
-                                                   const LogitScale& logit, int first_query,
-                                                   int key_tiles, int lane) {
+                                                   const Visibility& view, const LogitScale& logit,
+                                                   int first_query, int key_tiles, int lane) {
   RowStatistics row;
   PATCHGEN_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -108,24 +106,22 @@ PATCHGEN_DEVICE RowStatistics recompute_statistics(const Left& queries, SharedRo
 template <bool TRANSPOSED>
 PATCHGEN_DEVICE RowFacts facts_of(uint32_t facts, int n, int i, int lane) {
   int row = lane / 4 + i / 2 * 8, column = 8 * n + lane % 4 * 2 + i % 2;
-  return shared_at<RowFacts>(facts + (TRANSPOSED ? column : row) *
-                                         static_cast<uint32_t>(sizeof(RowFacts)));
+  return shared_at<RowFacts>(facts +
+                             (TRANSPOSED ? column : row) * static_cast<uint32_t>(sizeof(RowFacts)));
 }
 
 // weights = softmax(scores)
 template <bool TRANSPOSED>
-PATCHGEN_DEVICE void to_weights(Square& scores, uint32_t facts, const LogitScale& logit,
-                                int lane) {
+PATCHGEN_DEVICE void to_weights(Square& scores, uint32_t facts, const LogitScale& logit, int lane) {
   const float to_log2 = logit.unit() * LOG2_E;
   PATCHGEN_UNROLL
-  for (int n = 0; n < 2; ++n)
-    PATCHGEN_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const RowFacts row = facts_of<TRANSPOSED>(facts, n, i, lane);
-      float score = scores[n][i];
-      if (logit.scale_first) score -= row.greatest;
-      scores[n][i] = exp2_approx(fmaf(score, to_log2, -row.shift));
-    }
+  for (int n = 0; n < 2; ++n) PATCHGEN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const RowFacts row = facts_of<TRANSPOSED>(facts, n, i, lane);
+    float score = scores[n][i];
+    if (logit.scale_first) score -= row.greatest;
+    scores[n][i] = exp2_approx(fmaf(score, to_log2, -row.shift));
+  }
 }
 
 // d_scores = weights * (products - delta), where products are those of grad_out and values
@@ -133,11 +129,10 @@ template <bool TRANSPOSED>
 PATCHGEN_DEVICE void to_d_scores(Square& products, const Square& weights, uint32_t facts,
                                  int lane) {
   PATCHGEN_UNROLL
-  for (int n = 0; n < 2; ++n)
-    PATCHGEN_UNROLL
-    for (int i = 0; i < 4; ++i)
-      products[n][i] =
-          weights[n][i] * (products[n][i] - facts_of<TRANSPOSED>(facts, n, i, lane).delta);
+  for (int n = 0; n < 2; ++n) PATCHGEN_UNROLL
+  for (int i = 0; i < 4; ++i)
+    products[n][i] =
+        weights[n][i] * (products[n][i] - facts_of<TRANSPOSED>(facts, n, i, lane).delta);
 }
 
 // D: head_dim rounded up to a width we have.

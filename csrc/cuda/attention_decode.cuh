@@ -134,30 +134,28 @@ attention_decode_kernel(const AttentionForward p, const DecodeWork work) {
       const int query = query_of(row_of_half[half]), limit = view[half].limit(query);
       float tile_greatest = MINUS_INFINITY;
       PATCHGEN_UNROLL
-      for (int n = 0; n < 2; ++n)
-        PATCHGEN_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          const int at = first_key + 8 * n + lane % 4 * 2 + j;
-          float score = scores[n][2 * half + j] * logit.scale;
-          const bool seen = at < limit;
-          if (view[half].kind != MaskKind::NONE && seen)
-            score = view[half].template masked<T>(score, query, at);
-          scores[n][2 * half + j] = seen ? score : MINUS_INFINITY;
-          tile_greatest = fmaxf(tile_greatest, scores[n][2 * half + j]);
-        }
+      for (int n = 0; n < 2; ++n) PATCHGEN_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const int at = first_key + 8 * n + lane % 4 * 2 + j;
+        float score = scores[n][2 * half + j] * logit.scale;
+        const bool seen = at < limit;
+        if (view[half].kind != MaskKind::NONE && seen)
+          score = view[half].template masked<T>(score, query, at);
+        scores[n][2 * half + j] = seen ? score : MINUS_INFINITY;
+        tile_greatest = fmaxf(tile_greatest, scores[n][2 * half + j]);
+      }
       const float now = fmaxf(greatest[half], row_max(tile_greatest));
       const float finite = now == MINUS_INFINITY ? 0.f : now;
       factor[half] = exp2_approx((greatest[half] - finite) * LOG2_E);
       greatest[half] = now;
       sum[half] *= factor[half];
       PATCHGEN_UNROLL
-      for (int n = 0; n < 2; ++n)
-        PATCHGEN_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          float& weight = scores[n][2 * half + j];
-          weight = exp2_approx((weight - finite) * LOG2_E);
-          sum[half] += weight;
-        }
+      for (int n = 0; n < 2; ++n) PATCHGEN_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        float& weight = scores[n][2 * half + j];
+        weight = exp2_approx((weight - finite) * LOG2_E);
+        sum[half] += weight;
+      }
     }
     output.scale_rows(factor[0], factor[1]);
     uint32_t weights[4];
@@ -172,10 +170,8 @@ attention_decode_kernel(const AttentionForward p, const DecodeWork work) {
   for (int half = 0; half < 2; ++half) {
     float* row = partial + (lane / 4 + 8 * half) * PARTIAL;
     PATCHGEN_UNROLL
-    for (int n = 0; n < RowAccumulators<D>::PARTS; ++n)
-      PATCHGEN_UNROLL
-      for (int j = 0; j < 2; ++j)
-        row[8 * n + lane % 4 * 2 + j] = output.part[n][2 * half + j];
+    for (int n = 0; n < RowAccumulators<D>::PARTS; ++n) PATCHGEN_UNROLL
+    for (int j = 0; j < 2; ++j) row[8 * n + lane % 4 * 2 + j] = output.part[n][2 * half + j];
     const float row_total = row_sum(sum[half]);
     if (lane % 4 == 0) {
       row[D] = greatest[half];

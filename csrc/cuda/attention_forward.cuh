@@ -107,7 +107,7 @@ attention_forward_kernel(const AttentionForward p, int shares) {
       row = softmax_rows<T, KEY_TILES>(weights, scores, logit);
     }
 
-    if (!values_ready) {  // the same for every thread of the block: the first round
+    if (!values_ready) {     // the same for every thread of the block: the first round
       copy_async_wait<1>();  // all but the next queries
       __syncthreads();
       values_ready = true;

@@ -70,8 +70,7 @@ void launch_forward(const AttentionForward& p, const Tensor& query) {
   void* stream = current_stream(device);
   if (p.queries > FEW_QUERIES) return launch_attention_forward(p, device, stream);
   const DecodeSize size = attention_decode_size(p, device);
-  if (size.splits == 1)
-    return launch_attention_decode(p, {nullptr, nullptr, 1}, device, stream);
+  if (size.splits == 1) return launch_attention_decode(p, {nullptr, nullptr, 1}, device, stream);
   Tensor partial = new_tensor(query, {size.partial_floats}, ScalarType::Float);
   Tensor tickets = new_tensor(query, {size.tickets}, ScalarType::Int);
   torch::stable::zero_(tickets);
@@ -93,8 +92,7 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value,
   static_cast<AttentionInputs&>(p) =
       inputs_of(query, key, value, attn_mask, kv_lengths, query_offset, is_causal, scale);
   Tensor out = new_rows(query);
-  Tensor lse =
-      new_tensor(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
+  Tensor lse = new_tensor(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.out_stride = strides_of(out);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());

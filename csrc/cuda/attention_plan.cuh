@@ -36,8 +36,7 @@ void plan_attention_forward(const AttentionForward& p, int multiprocessors, Run&
   with_width(p.head_dim, [&](auto width) {
     with_key_tiles(p.keys, [&](auto tiles) {
       run(Instance{"attention_forward", p.dtype, width, tiles},
-          Launch{heads * shares, ForwardLayout::THREADS,
-                 forward_shared_bytes<width>(p.keys)},
+          Launch{heads * shares, ForwardLayout::THREADS, forward_shared_bytes<width>(p.keys)},
           Kernel<attention_forward_kernel<T, width, tiles>>{}, p, shares);
     });
   });
@@ -57,8 +56,8 @@ void plan_attention_backward(const AttentionBackward& p, Run&& run) {
 
 // Enough splits for four blocks a multiprocessor, none shorter than 128 keys.
 inline DecodeSize decode_size(const AttentionInputs& p, int multiprocessors) {
-  const int64_t row_tiles = static_cast<int64_t>(p.batch) * p.kv_heads *
-                            ceil_div(p.heads / p.kv_heads * p.queries, TILE);
+  const int64_t row_tiles =
+      static_cast<int64_t>(p.batch) * p.kv_heads * ceil_div(p.heads / p.kv_heads * p.queries, TILE);
   if (row_tiles == 0) return {1, 0, 0};
   const int64_t wanted = (4 * multiprocessors + row_tiles - 1) / row_tiles;
   const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max(1, p.keys / 128));
@@ -70,8 +69,8 @@ inline DecodeSize decode_size(const AttentionInputs& p, int multiprocessors) {
 
 template <class T, class Run>
 void plan_attention_decode(const AttentionForward& p, const DecodeWork& work, Run&& run) {
-  const int64_t row_tiles = static_cast<int64_t>(p.batch) * p.kv_heads *
-                            ceil_div(p.heads / p.kv_heads * p.queries, TILE);
+  const int64_t row_tiles =
+      static_cast<int64_t>(p.batch) * p.kv_heads * ceil_div(p.heads / p.kv_heads * p.queries, TILE);
   if (row_tiles == 0) return;
   with_width(p.head_dim, [&](auto width) {
     run(Instance{"attention_decode", p.dtype, width, 0},

@@ -12,12 +12,18 @@ struct float16 {
   uint16_t bits;
 };
 
-PATCHGEN_DEVICE float to_float(float x) { return x; }
-PATCHGEN_DEVICE float to_float(uint8_t x) { return static_cast<float>(x); }
+PATCHGEN_DEVICE float to_float(float x) {
+  return x;
+}
+PATCHGEN_DEVICE float to_float(uint8_t x) {
+  return static_cast<float>(x);
+}
 PATCHGEN_DEVICE float to_float(bfloat16 x) {
   return bits_to_float(static_cast<uint32_t>(x.bits) << 16);
 }
-PATCHGEN_DEVICE float to_float(float16 x) { return float16_to_float(x.bits); }
+PATCHGEN_DEVICE float to_float(float16 x) {
+  return float16_to_float(x.bits);
+}
 
 // Two float32 rounded to T (to nearest even) in one register, `low` in the low half.
 template <class T>

@@ -87,11 +87,9 @@ struct WarpAccumulators {
 
   PATCHGEN_DEVICE void clear() {
     PATCHGEN_UNROLL
-    for (int m = 0; m < DOWN; ++m)
-      PATCHGEN_UNROLL
-      for (int n = 0; n < ALONG; ++n)
-        PATCHGEN_UNROLL
-        for (int i = 0; i < 4; ++i) part[m][n][i] = 0.f;
+    for (int m = 0; m < DOWN; ++m) PATCHGEN_UNROLL
+    for (int n = 0; n < ALONG; ++n) PATCHGEN_UNROLL
+    for (int i = 0; i < 4; ++i) part[m][n][i] = 0.f;
   }
 
   // += left right^T over one stage. `row` and `column` are the warp's own within the block.

@@ -69,12 +69,13 @@ inline std::string chip(const DeviceFacts& facts) {
   const std::string what = instance.name() + " for " + shape + " on " + chip(facts) + ": " +
                            cudaGetErrorString(code) + " (" + cudaGetErrorName(code) + ")";
   if (code == cudaErrorNoKernelImageForDevice || code == cudaErrorInvalidDeviceFunction)
-    fail(what, "the package was built without code for this GPU: reinstall it with "
-               "PATCHGEN_FAST_CUDA_ARCHS naming its architecture, or pass backend=\"triton\"");
-  if (code == cudaErrorMemoryAllocation)
-    fail(what, "free GPU memory, or take a smaller batch");
-  fail(what, "if an earlier kernel failed, CUDA_LAUNCH_BLOCKING=1 shows which; else please report "
-             "it, and pass backend=\"triton\" or backend=\"torch\" meanwhile");
+    fail(what,
+         "the package was built without code for this GPU: reinstall it with "
+         "PATCHGEN_FAST_CUDA_ARCHS naming its architecture, or pass backend=\"triton\"");
+  if (code == cudaErrorMemoryAllocation) fail(what, "free GPU memory, or take a smaller batch");
+  fail(what,
+       "if an earlier kernel failed, CUDA_LAUNCH_BLOCKING=1 shows which; else please report "
+       "it, and pass backend=\"triton\" or backend=\"torch\" meanwhile");
 }
 
 // What a plan calls to launch. `shape` is asked for only if something is wrong.
@@ -82,8 +83,11 @@ template <class Shape>
 class Launcher {
  public:
   Launcher(int device, void* stream, Shape shape)
-      : guard_(device), facts_(device_facts(device)), device_(device),
-        stream_(static_cast<cudaStream_t>(stream)), shape_(shape) {}
+      : guard_(device),
+        facts_(device_facts(device)),
+        device_(device),
+        stream_(static_cast<cudaStream_t>(stream)),
+        shape_(shape) {}
 
   int multiprocessors() const { return facts_.multiprocessors; }
 
@@ -151,7 +155,7 @@ class Describer {
       cudaGetLastError();  // no code for this GPU: nothing to describe
       return;
     }
-    KernelFacts facts{instance.name(), found.numRegs, static_cast<int>(found.localSizeBytes),
+    KernelFacts facts{instance.name(),     found.numRegs,  static_cast<int>(found.localSizeBytes),
                       launch.shared_bytes, launch.threads, 0};
     if (launch.shared_bytes <= facts_.shared_bytes) {
       cudaFuncSetAttribute(FUNCTION, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -1,7 +1,7 @@
 // What a patch embedding kernel is asked to do. Neither torch nor CUDA is needed to read this.
 //
-// A patch is a vector of `values()` pixels, ordered (channel, time, row, column) as the weights are;
-// patch n of an image is its n-th, row by row.
+// A patch is a vector of `values()` pixels, ordered (channel, time, row, column) as the weights
+// are; patch n of an image is its n-th, row by row.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +29,6 @@ struct PatchGeometry {
   PATCHGEN_BOTH_SIDES int values() const { return channels * patch_t * patch_h * patch_w; }
   PATCHGEN_BOTH_SIDES int patches() const { return grid_t * grid_h * grid_w; }
 };
-
-
 
 // tokens = rounded((images - mean) / std) weight^T + bias + pos_embed, prefix before
 struct PatchEmbedForward {

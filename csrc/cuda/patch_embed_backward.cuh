@@ -35,9 +35,7 @@ patch_embed_weight_kernel(const PatchEmbedBackward p) {
 
   const uint32_t shared = shared_address(memory);
   auto grad_stage = [&](int stage) { return Rows{shared + stage % STAGES * STAGE}; };
-  auto image_stage = [&](int stage) {
-    return Rows{shared + (STAGES + stage % STAGES) * STAGE};
-  };
+  auto image_stage = [&](int stage) { return Rows{shared + (STAGES + stage % STAGES) * STAGE}; };
   const PatchTable<TOGETHER> table(shared + 2 * STAGES * STAGE, STAGES * DEPTH, values);
   auto slot = [](int stage) { return stage % STAGES * DEPTH; };
   auto list_patches = [&](int stage) {
@@ -78,16 +76,13 @@ patch_embed_weight_kernel(const PatchEmbedBackward p) {
 
   float* to = p.workspace + static_cast<int64_t>(split) * p.embed * values;
   PATCHGEN_UNROLL
-  for (int m = 0; m < WarpAccumulators::DOWN; ++m)
-    PATCHGEN_UNROLL
-    for (int n = 0; n < WarpAccumulators::ALONG; ++n)
-      PATCHGEN_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int e = first_embed + place.row + 16 * m + lane / 4 + i / 2 * 8;
-        const int k = first_value + place.column + 8 * n + lane % 4 * 2 + i % 2;
-        if (e < p.embed && k < values)
-          to[static_cast<int64_t>(e) * values + k] = sum.part[m][n][i];
-      }
+  for (int m = 0; m < WarpAccumulators::DOWN; ++m) PATCHGEN_UNROLL
+  for (int n = 0; n < WarpAccumulators::ALONG; ++n) PATCHGEN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int e = first_embed + place.row + 16 * m + lane / 4 + i / 2 * 8;
+    const int k = first_value + place.column + 8 * n + lane % 4 * 2 + i % 2;
+    if (e < p.embed && k < values) to[static_cast<int64_t>(e) * values + k] = sum.part[m][n][i];
+  }
 }
 
 struct Reduction {
@@ -180,22 +175,20 @@ patch_embed_images_kernel(const PatchEmbedBackward p) {
 
   Image* to = static_cast<Image*>(p.grad_images);
   PATCHGEN_UNROLL
-  for (int m = 0; m < WarpAccumulators::DOWN; ++m)
+  for (int m = 0; m < WarpAccumulators::DOWN; ++m) PATCHGEN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int64_t first_pixel = table.patch(place.row + 16 * m + 8 * half + lane / 4);
+    if (first_pixel == NO_PATCH) continue;
     PATCHGEN_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int64_t first_pixel = table.patch(place.row + 16 * m + 8 * half + lane / 4);
-      if (first_pixel == NO_PATCH) continue;
-      PATCHGEN_UNROLL
-      for (int n = 0; n < WarpAccumulators::ALONG; ++n)
-        PATCHGEN_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          const int value = first_value + place.column + 8 * n + lane % 4 * 2 + j;
-          if (value >= values) continue;
-          const Run run = table.run(value);
-          to[first_pixel + run.offset] =
-              from_float<Image>(sum.part[m][n][2 * half + j] * table.channel(run.channel).scale);
-        }
+    for (int n = 0; n < WarpAccumulators::ALONG; ++n) PATCHGEN_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const int value = first_value + place.column + 8 * n + lane % 4 * 2 + j;
+      if (value >= values) continue;
+      const Run run = table.run(value);
+      to[first_pixel + run.offset] =
+          from_float<Image>(sum.part[m][n][2 * half + j] * table.channel(run.channel).scale);
     }
+  }
 }
 
 }  // namespace patchgen_fast::cuda

@@ -46,9 +46,7 @@ patch_embed_forward_kernel(const PatchEmbedForward p) {
 
   const uint32_t shared = shared_address(memory);
   auto image_stage = [&](int stage) { return Rows{shared + stage % STAGES * STAGE}; };
-  auto weight_stage = [&](int stage) {
-    return Rows{shared + (STAGES + stage % STAGES) * STAGE};
-  };
+  auto weight_stage = [&](int stage) { return Rows{shared + (STAGES + stage % STAGES) * STAGE}; };
   const PatchTable<TOGETHER> table(shared + 2 * STAGES * STAGE, SIDE, values);
   table.fill_patches(g, 0, first_patch, all_patches, SIDE, thread);
   table.fill_values(g, values, thread);
@@ -78,8 +76,8 @@ patch_embed_forward_kernel(const PatchEmbedForward p) {
     copy_async_wait<0>();
     __syncthreads();  // this stage is here, and the other one is read out
     if (stage + 1 < stages) fetch(stage + 1);
-    sum.template add_stage<T, Depth::ALONG, Depth::ALONG>(
-        image_stage(stage), weight_stage(stage), place.row, place.column, lane);
+    sum.template add_stage<T, Depth::ALONG, Depth::ALONG>(image_stage(stage), weight_stage(stage),
+                                                          place.row, place.column, lane);
   }
 
   // ---- results: rounded in the place of the stages, then written 16 bytes at a time
@@ -91,26 +89,25 @@ patch_embed_forward_kernel(const PatchEmbedForward p) {
   const T* bias = static_cast<const T*>(p.bias);
   const T* pos_embed = static_cast<const T*>(p.pos_embed);
   PATCHGEN_UNROLL
-  for (int m = 0; m < WarpAccumulators::DOWN; ++m)
+  for (int m = 0; m < WarpAccumulators::DOWN; ++m) PATCHGEN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int row = 16 * m + 8 * half + lane / 4;
+    const int64_t position = static_cast<int64_t>((own_patch + row) % patches) * p.embed;
     PATCHGEN_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int row = 16 * m + 8 * half + lane / 4;
-      const int64_t position = static_cast<int64_t>((own_patch + row) % patches) * p.embed;
+    for (int n = 0; n < WarpAccumulators::ALONG; ++n) {
+      float pair[2];
       PATCHGEN_UNROLL
-      for (int n = 0; n < WarpAccumulators::ALONG; ++n) {
-        float pair[2];
-        PATCHGEN_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          const int column = own_column + 8 * n + lane % 4 * 2 + j;
-          pair[j] = sum.part[m][n][2 * half + j];
-          if (column < p.embed) {
-            if (bias) pair[j] += to_float(bias[column]);
-            if (pos_embed) pair[j] += to_float(pos_embed[position + column]);
-          }
+      for (int j = 0; j < 2; ++j) {
+        const int column = own_column + 8 * n + lane % 4 * 2 + j;
+        pair[j] = sum.part[m][n][2 * half + j];
+        if (column < p.embed) {
+          if (bias) pair[j] += to_float(bias[column]);
+          if (pos_embed) pair[j] += to_float(pos_embed[position + column]);
         }
-        shared_at<uint32_t>(own.at(row, n) + lane % 4 * 4) = pack<T>(pair[0], pair[1]);
       }
+      shared_at<uint32_t>(own.at(row, n) + lane % 4 * 4) = pack<T>(pair[0], pair[1]);
     }
+  }
   __syncwarp();
   for (int i = lane; i < BlockTile::WARP_ROWS * WarpAccumulators::ALONG; i += WARP) {
     const int row = i / WarpAccumulators::ALONG, chunk = i % WarpAccumulators::ALONG;

@@ -72,10 +72,10 @@ void describe_patch_embed_as(DType dtype, int device, std::vector<KernelFacts>& 
     }
 }
 
-#define PATCHGEN_EXTERN(prefix, T)                                                              \
-  prefix template void launch_patch_embed_as<T>(const PatchEmbedForward&, int, void*);          \
-  prefix template void launch_patch_embed_backward_as<T>(const PatchEmbedBackward&,             \
-                                                         const PatchGeometry&, int, void*);     \
+#define PATCHGEN_EXTERN(prefix, T)                                                          \
+  prefix template void launch_patch_embed_as<T>(const PatchEmbedForward&, int, void*);      \
+  prefix template void launch_patch_embed_backward_as<T>(const PatchEmbedBackward&,         \
+                                                         const PatchGeometry&, int, void*); \
   prefix template void describe_patch_embed_as<T>(DType, int, std::vector<KernelFacts>&);
 PATCHGEN_EXTERN(extern, bfloat16)
 PATCHGEN_EXTERN(extern, float16)

@@ -54,9 +54,9 @@ Tensor patch_embed(Tensor images, Tensor weight, OptionalTensor bias, OptionalTe
   p.prefix_tokens = prefix.has_value() ? static_cast<int>(prefix->size(0)) : 0;
   p.embed = static_cast<int>(weight.size(0));
   p.dtype = dtype_of(weight);
-  Tensor out = new_tensor(
-      weight, {images.size(0), p.prefix_tokens + p.geometry.patches(), weight.size(0)},
-      weight.scalar_type());
+  Tensor out =
+      new_tensor(weight, {images.size(0), p.prefix_tokens + p.geometry.patches(), weight.size(0)},
+                 weight.scalar_type());
   p.out = out.mutable_data_ptr();
   const int device = weight.get_device_index();
   launch_patch_embed(p, device, current_stream(device));
@@ -98,8 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> patch_embed_backward(Tensor grad_out, Tensor 
     const auto sizes = images.sizes();
     grad_images = new_tensor(images, {sizes.begin(), sizes.end()}, images.scalar_type());
     grads = geometry_of(grad_images, weight, mean, std);
-    const bool covered = images.size(0) * p.geometry.patches() * p.geometry.values() ==
-                         images.numel();
+    const bool covered =
+        images.size(0) * p.geometry.patches() * p.geometry.values() == images.numel();
     if (!covered) torch::stable::zero_(grad_images);  // what fills no patch has no gradient
     p.grad_images = grad_images.mutable_data_ptr();
   }

@@ -27,8 +27,8 @@ inline bool loads_together(const PatchGeometry& g, int together, int pixel_bytes
     return count <= 1 || stride * pixel_bytes % bytes == 0;
   };
   return g.patch_w % together == 0 && g.column_stride == 1 &&
-         reinterpret_cast<uintptr_t>(g.images) % bytes == 0 &&
-         aligned(g.patch_w, g.grid_w) && aligned(g.row_stride, g.grid_h * g.patch_h) &&
+         reinterpret_cast<uintptr_t>(g.images) % bytes == 0 && aligned(g.patch_w, g.grid_w) &&
+         aligned(g.row_stride, g.grid_h * g.patch_h) &&
          aligned(g.time_stride, g.grid_t * g.patch_t) && aligned(g.channel_stride, g.channels) &&
          aligned(g.batch_stride, g.batch);
 }
@@ -41,7 +41,9 @@ void with_pixels_together(const PatchGeometry& g, int pixel_bytes, Use&& use) {
   return use(Constant<1>{});
 }
 
-inline int64_t tiles(int64_t count) { return (count + BlockTile::SIDE - 1) / BlockTile::SIDE; }
+inline int64_t tiles(int64_t count) {
+  return (count + BlockTile::SIDE - 1) / BlockTile::SIDE;
+}
 
 // Calls run(instance, launch, kernel, arguments...).
 template <class T, class Run>

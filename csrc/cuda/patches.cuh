@@ -98,7 +98,8 @@ struct PatchTable {
   }
 
   PATCHGEN_DEVICE PatchTable(uint32_t memory, int patch_count, int values)
-      : patches(memory), runs(patches + patch_count * static_cast<uint32_t>(sizeof(int64_t))),
+      : patches(memory),
+        runs(patches + patch_count * static_cast<uint32_t>(sizeof(int64_t))),
         channels(runs + ceil_div(values, TOGETHER) * static_cast<uint32_t>(sizeof(Run))) {}
 
   PATCHGEN_DEVICE int64_t& patch(int i) const {
@@ -112,8 +113,8 @@ struct PatchTable {
   }
 
   // Slots from `slot` on: the patches from `first` on, of which those from `end` on do not exist.
-  PATCHGEN_DEVICE void fill_patches(const PatchGeometry& g, int slot, int first, int end,
-                                    int count, int thread) const {
+  PATCHGEN_DEVICE void fill_patches(const PatchGeometry& g, int slot, int first, int end, int count,
+                                    int thread) const {
     for (int i = thread; i < count; i += BlockTile::THREADS)
       patch(slot + i) = first + i < end ? patch_offset(g, first + i) : NO_PATCH;
   }
@@ -126,8 +127,8 @@ struct PatchTable {
       const int y = rest % g.patch_h;
       rest /= g.patch_h;
       const int t = rest % g.patch_t, channel = rest / g.patch_t;
-      const int64_t offset = channel * g.channel_stride + t * g.time_stride + y * g.row_stride +
-                             x * g.column_stride;
+      const int64_t offset =
+          channel * g.channel_stride + t * g.time_stride + y * g.row_stride + x * g.column_stride;
       run(i) = {static_cast<int>(offset), channel};
     }
     const float unit = g.image_dtype == DType::UINT8 ? 1.f / 255.f : 1.f;

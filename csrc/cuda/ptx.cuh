@@ -1,4 +1,5 @@
-// Every machine instruction that the kernels use and plain C++ cannot express, one thin wrapper each.
+// Every machine instruction that the kernels use and plain C++ cannot express, one thin wrapper
+// each.
 //
 // Kernels use these and nothing else of the machine, so the same sources run on the host: without
 // nvcc this header takes the functions of the same names from tests/cuda_host/emulator_ptx.h.
@@ -59,14 +60,16 @@ PATCHGEN_DEVICE float float16_to_float(uint16_t bits) {
   return value;
 }
 
-PATCHGEN_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+PATCHGEN_DEVICE float bits_to_float(uint32_t bits) {
+  return __uint_as_float(bits);
+}
 
 // ---- asynchronous copies from global to shared memory (sm_80)
 
 // Copies `bytes` (0 to 16) and fills the rest of the 16 with zeros; both addresses 16-byte aligned.
 PATCHGEN_DEVICE void copy_async_16(uint32_t shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared),
-               "l"(global), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(bytes)
                : "memory");
 }
 
@@ -80,7 +83,9 @@ PATCHGEN_DEVICE void copy_async_4(uint32_t shared, const void* global, int bytes
                : "memory");
 }
 
-PATCHGEN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+PATCHGEN_DEVICE void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits until at most PENDING of this thread's newest groups are unfinished.
 template <int PENDING>
@@ -120,19 +125,19 @@ PATCHGEN_DEVICE void load_matrix_x2_transposed(uint32_t (&r)[2], uint32_t row) {
 
 // ---- products: d[16, 8] += a[16, K] b[K, 8] in float32, K 16 or 8
 
-#define PATCHGEN_MMA_K16(name, type)                                                            \
-  PATCHGEN_DEVICE void name(float(&d)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {    \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                         \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"         \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));               \
+#define PATCHGEN_MMA_K16(name, type)                                                           \
+  PATCHGEN_DEVICE void name(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                        \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));              \
   }
-#define PATCHGEN_MMA_K8(name, type)                                                             \
-  PATCHGEN_DEVICE void name(float(&d)[4], const uint32_t(&a)[2], uint32_t b) {                  \
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." type "." type                          \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"                     \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(b));                                               \
+#define PATCHGEN_MMA_K8(name, type)                                              \
+  PATCHGEN_DEVICE void name(float (&d)[4], const uint32_t (&a)[2], uint32_t b) { \
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." type "." type           \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"      \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                \
+                 : "r"(a[0]), "r"(a[1]), "r"(b));                                \
   }
 PATCHGEN_MMA_K16(mma_k16_bfloat16, "bf16")
 PATCHGEN_MMA_K16(mma_k16_float16, "f16")

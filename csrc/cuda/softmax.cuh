@@ -41,10 +41,9 @@ PATCHGEN_DEVICE RowStatistics softmax_rows(uint32_t (&weights)[TILES][4], Square
   for (int half = 0; half < 2; ++half) {
     float greatest = MINUS_INFINITY;
     PATCHGEN_UNROLL
-    for (int t = 0; t < TILES; ++t)
-      PATCHGEN_UNROLL
-      for (int n = 0; n < 2; ++n)
-        greatest = fmaxf(greatest, fmaxf(scores[t][n][2 * half], scores[t][n][2 * half + 1]));
+    for (int t = 0; t < TILES; ++t) PATCHGEN_UNROLL
+    for (int n = 0; n < 2; ++n)
+      greatest = fmaxf(greatest, fmaxf(scores[t][n][2 * half], scores[t][n][2 * half + 1]));
     greatest = row_max(greatest);
     row.greatest[half] = greatest * logit.unit();
     float finite = greatest == MINUS_INFINITY ? 0.f : greatest;
@@ -52,12 +51,11 @@ PATCHGEN_DEVICE RowStatistics softmax_rows(uint32_t (&weights)[TILES][4], Square
     if (logit.scale_first) {
       // Subtracted before the change of base, where logits of finfo.min would overflow.
       PATCHGEN_UNROLL
-      for (int t = 0; t < TILES; ++t)
-        PATCHGEN_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          scores[t][n][2 * half] -= finite;
-          scores[t][n][2 * half + 1] -= finite;
-        }
+      for (int t = 0; t < TILES; ++t) PATCHGEN_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        scores[t][n][2 * half] -= finite;
+        scores[t][n][2 * half + 1] -= finite;
+      }
       shift[half] = 0.f;
     }
   }
@@ -65,13 +63,12 @@ PATCHGEN_DEVICE RowStatistics softmax_rows(uint32_t (&weights)[TILES][4], Square
   PATCHGEN_UNROLL
   for (int t = 0; t < TILES; ++t) {
     PATCHGEN_UNROLL
-    for (int n = 0; n < 2; ++n)
-      PATCHGEN_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        float weight = exp2_approx(fmaf(scores[t][n][i], to_log2, -shift[i / 2]));
-        row.sum[i / 2] += weight;
-        scores[t][n][i] = weight;
-      }
+    for (int n = 0; n < 2; ++n) PATCHGEN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      float weight = exp2_approx(fmaf(scores[t][n][i], to_log2, -shift[i / 2]));
+      row.sum[i / 2] += weight;
+      scores[t][n][i] = weight;
+    }
     to_left_operand<T>(weights[t], scores[t]);
   }
   PATCHGEN_UNROLL

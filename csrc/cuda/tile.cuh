@@ -6,15 +6,24 @@
 namespace patchgen_fast::cuda {
 
 constexpr int WARP = 32;
-constexpr int TILE = 16;   // rows of a tile: what one matrix instruction takes
-constexpr int CHUNK = 8;   // elements in 16 bytes: what one asynchronous copy and one matrix row hold
+constexpr int TILE = 16;  // rows of a tile: what one matrix instruction takes
+constexpr int CHUNK =
+    8;  // elements in 16 bytes: what one asynchronous copy and one matrix row hold
 constexpr int CHUNK_BYTES = 16;
 
-PATCHGEN_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-PATCHGEN_HOST_DEVICE constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+PATCHGEN_HOST_DEVICE constexpr int ceil_div(int a, int b) {
+  return (a + b - 1) / b;
+}
+PATCHGEN_HOST_DEVICE constexpr int round_up(int a, int b) {
+  return ceil_div(a, b) * b;
+}
 
-PATCHGEN_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
-PATCHGEN_DEVICE int max_of(int a, int b) { return a > b ? a : b; }
+PATCHGEN_DEVICE int min_of(int a, int b) {
+  return a < b ? a : b;
+}
+PATCHGEN_DEVICE int max_of(int a, int b) {
+  return a > b ? a : b;
+}
 
 // Rows of WIDTH elements, laid out so that eight consecutive rows at one chunk lie in different
 // banks: where 4 or 8 chunks make a row they are permuted by the row (no space lost), else the
@@ -124,9 +133,8 @@ using Square = float[2][4];
 
 PATCHGEN_DEVICE void fill(Square& square, float value) {
   PATCHGEN_UNROLL
-  for (int n = 0; n < 2; ++n)
-    PATCHGEN_UNROLL
-    for (int i = 0; i < 4; ++i) square[n][i] = value;
+  for (int n = 0; n < 2; ++n) PATCHGEN_UNROLL
+  for (int i = 0; i < 4; ++i) square[n][i] = value;
 }
 
 // square = left right^T over WIDTH, where `right` is the 16 rows from `row` on.
@@ -173,9 +181,8 @@ struct RowAccumulators {
 
   PATCHGEN_DEVICE void clear() {
     PATCHGEN_UNROLL
-    for (int n = 0; n < PARTS; ++n)
-      PATCHGEN_UNROLL
-      for (int i = 0; i < 4; ++i) part[n][i] = 0.f;
+    for (int n = 0; n < PARTS; ++n) PATCHGEN_UNROLL
+    for (int i = 0; i < 4; ++i) part[n][i] = 0.f;
   }
 
   // += left right, where `right` is the 16 rows from `row` on.
@@ -213,11 +220,10 @@ struct RowAccumulators {
   PATCHGEN_DEVICE void store(SharedRows<WIDTH> stage, T* to, int64_t row_stride, int rows,
                              int width, int lane) const {
     PATCHGEN_UNROLL
-    for (int n = 0; n < PARTS; ++n)
-      PATCHGEN_UNROLL
-      for (int half = 0; half < 2; ++half)
-        shared_at<uint32_t>(stage.at(lane / 4 + 8 * half, n) + lane % 4 * 4) =
-            pack<T>(part[n][2 * half], part[n][2 * half + 1]);
+    for (int n = 0; n < PARTS; ++n) PATCHGEN_UNROLL
+    for (int half = 0; half < 2; ++half)
+      shared_at<uint32_t>(stage.at(lane / 4 + 8 * half, n) + lane % 4 * 4) =
+          pack<T>(part[n][2 * half], part[n][2 * half + 1]);
     __syncwarp();
     for (int i = lane; i < TILE * PARTS; i += WARP) {
       int row = i / PARTS, chunk = i % PARTS;

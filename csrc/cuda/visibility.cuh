@@ -30,8 +30,13 @@ struct Visibility {
   bool causal;
 
   PATCHGEN_DEVICE Visibility(const AttentionInputs& p, int batch, int head)
-      : kind(p.mask.kind), query_stride(p.mask.query_stride), key_stride(p.mask.key_stride),
-        queries(p.queries), keys(p.keys), offset(0), causal(p.causal) {
+      : kind(p.mask.kind),
+        query_stride(p.mask.query_stride),
+        key_stride(p.mask.key_stride),
+        queries(p.queries),
+        keys(p.keys),
+        offset(0),
+        causal(p.causal) {
     int bytes = kind == MaskKind::BOOL ? 1 : kind == MaskKind::ELEMENT ? 2 : 4;
     mask = static_cast<const char*>(p.mask.data) +
            (batch * p.mask.batch_stride + head * p.mask.head_stride) * bytes;
@@ -85,19 +90,18 @@ PATCHGEN_DEVICE void mask_scores(Square& scores, const Visibility& view, const L
   bool hides = view.hides(first_query, first_key);
   if (!logit.scale_first && !hides) return;
   PATCHGEN_UNROLL
-  for (int n = 0; n < 2; ++n)
-    PATCHGEN_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      int row = lane / 4 + i / 2 * 8, column = 8 * n + lane % 4 * 2 + i % 2;
-      int query = first_query + (TRANSPOSED ? column : row);
-      int key = first_key + (TRANSPOSED ? row : column);
-      float score = scores[n][i];
-      if (logit.scale_first) score *= logit.scale;
-      bool seen = !hides || key < view.limit(query);
-      if (view.kind != MaskKind::NONE && seen && query < view.queries)
-        score = view.template masked<T>(score, query, key);
-      scores[n][i] = seen ? score : MINUS_INFINITY;
-    }
+  for (int n = 0; n < 2; ++n) PATCHGEN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    int row = lane / 4 + i / 2 * 8, column = 8 * n + lane % 4 * 2 + i % 2;
+    int query = first_query + (TRANSPOSED ? column : row);
+    int key = first_key + (TRANSPOSED ? row : column);
+    float score = scores[n][i];
+    if (logit.scale_first) score *= logit.scale;
+    bool seen = !hides || key < view.limit(query);
+    if (view.kind != MaskKind::NONE && seen && query < view.queries)
+      score = view.template masked<T>(score, query, key);
+    scores[n][i] = seen ? score : MINUS_INFINITY;
+  }
 }
 
 }  // namespace patchgen_fast::cuda

@@ -11,17 +11,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import harness  # noqa: E402
 
 
-def build_folder(request, tmp_path_factory) -> Path:
-    """Where compiled kernels stay from one run to the next, or for this run only."""
-    cache = getattr(request.config, "cache", None)
-    return Path(cache.mkdir("cuda_host") if cache else tmp_path_factory.mktemp("cuda_host"))
-
-
 @pytest.fixture(scope="session")
 def library(request, tmp_path_factory):
     if reason := harness.why_not():
         pytest.skip(f"kernels not run on the host: {reason}")
-    return ctypes.CDLL(str(harness.build(build_folder(request, tmp_path_factory))))
+    return ctypes.CDLL(str(harness.build(harness.build_folder(request, tmp_path_factory))))
 
 
 @pytest.fixture(params=["late copies", "early copies"])

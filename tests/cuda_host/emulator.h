@@ -86,7 +86,10 @@ inline Block*& current_block() {
 class Block {
  public:
   Block(unsigned threads, size_t shared_bytes, Options options, std::function<void()> body)
-      : options(options), random(options.seed), lanes(threads), body_(std::move(body)),
+      : options(options),
+        random(options.seed),
+        lanes(threads),
+        body_(std::move(body)),
         shared_bytes_(shared_bytes) {
     if (threads == 0 || threads % WARP != 0 || threads > 1024)
       throw std::runtime_error("a block has a multiple of 32 threads, at most 1024, got " +
@@ -98,7 +101,8 @@ class Block {
   void run(Index3 index) {
     this->index = index;
     // Exactly the bytes asked for, aligned as the kernels ask, so the sanitizer sees one too many.
-    void* memory = std::aligned_alloc(1024, (std::max<size_t>(shared_bytes_, 1) + 1023) / 1024 * 1024);
+    void* memory =
+        std::aligned_alloc(1024, (std::max<size_t>(shared_bytes_, 1) + 1023) / 1024 * 1024);
     shared_owner_.reset(static_cast<char*>(memory));
     std::memset(memory, 0xFF, shared_bytes_);
     fiber_poison_tail(memory, shared_bytes_);
@@ -130,8 +134,7 @@ class Block {
   // once for all of them. `instruction` tells instructions apart.
   template <class Operand, class Act>
   void meet(int width, State state, const void* instruction, Operand* operand, Act act) {
-    Meeting& meeting =
-        width == WARP ? warps_[current / WARP] : warpgroups_[current / WARPGROUP];
+    Meeting& meeting = width == WARP ? warps_[current / WARP] : warpgroups_[current / WARPGROUP];
     if (meeting.arrived == 0) meeting.instruction = instruction;
     if (meeting.instruction != instruction)
       fail("lanes of one warp meet at different instructions");
@@ -156,8 +159,8 @@ class Block {
   }
 
   [[noreturn]] void fail(const std::string& what) {
-    error_ = what + " (block " + std::to_string(index.x) + ", thread " + std::to_string(current) +
-             ")";
+    error_ =
+        what + " (block " + std::to_string(index.x) + ", thread " + std::to_string(current) + ")";
     lane().state = State::DONE;
     lane().fiber.leave();
     std::abort();  // a failed block is never resumed
@@ -229,8 +232,10 @@ class Block {
       }
       if (polling && runnable.empty()) {
         if (++idle_rounds > 10000)
-          throw std::runtime_error("deadlock: threads wait for a barrier in memory that never "
-                                   "completes" + where());
+          throw std::runtime_error(
+              "deadlock: threads wait for a barrier in memory that never "
+              "completes" +
+              where());
         for (Lane& lane : lanes)
           if (lane.state == State::POLLING) lane.state = State::READY;
       }
@@ -284,7 +289,8 @@ void warpgroup_instruction(Operand& mine, Act act) {
 
 // ---- the parts of the CUDA language that kernels use
 #define __restrict__ __restrict
-#define threadIdx (emulator::Index3{static_cast<unsigned>(emulator::current_block()->current), 0, 0})
+#define threadIdx \
+  (emulator::Index3{static_cast<unsigned>(emulator::current_block()->current), 0, 0})
 #define blockIdx (emulator::current_block()->index)
 #define gridDim (emulator::current_block()->grid)
 #define blockDim \

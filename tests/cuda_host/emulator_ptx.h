@@ -26,7 +26,9 @@ inline T& shared_at(uint32_t address) {
 
 // ---- arithmetic
 
-inline float exp2_approx(float x) { return std::exp2(x); }
+inline float exp2_approx(float x) {
+  return std::exp2(x);
+}
 
 inline float bits_to_float(uint32_t bits) {
   float value;
@@ -161,11 +163,15 @@ inline void load_matrices(uint32_t* result, uint32_t row) {
   });
 }
 
-inline void load_matrix_x4(uint32_t (&r)[4], uint32_t row) { load_matrices<4, false>(r, row); }
+inline void load_matrix_x4(uint32_t (&r)[4], uint32_t row) {
+  load_matrices<4, false>(r, row);
+}
 inline void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t row) {
   load_matrices<4, true>(r, row);
 }
-inline void load_matrix_x2(uint32_t (&r)[2], uint32_t row) { load_matrices<2, false>(r, row); }
+inline void load_matrix_x2(uint32_t (&r)[2], uint32_t row) {
+  load_matrices<2, false>(r, row);
+}
 inline void load_matrix_x2_transposed(uint32_t (&r)[2], uint32_t row) {
   load_matrices<2, true>(r, row);
 }
@@ -237,6 +243,8 @@ inline float shuffle_xor(float value, int lane_mask) {
 }
 
 // Blocks run one after another here, so a plain increment is atomic.
-inline unsigned take_ticket(unsigned* counter) { return (*counter)++; }
+inline unsigned take_ticket(unsigned* counter) {
+  return (*counter)++;
+}
 
 }  // namespace patchgen_fast::cuda

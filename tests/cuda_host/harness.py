@@ -8,6 +8,7 @@ that is never written is seen.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import platform
 import shutil
@@ -43,18 +44,30 @@ def why_not() -> str | None:
     return None
 
 
+def build_folder(request, tmp_path_factory) -> Path:
+    """Where compiled kernels stay from one run to the next, or for this run only."""
+    cache = getattr(request.config, "cache", None)
+    return Path(cache.mkdir("cuda_host") if cache else tmp_path_factory.mktemp("cuda_host"))
+
+
 def build(folder: Path, extra: tuple[str, ...] = (), kernels: Path = KERNELS) -> Path:
     """The kernels under `kernels` as a shared library, compiled once for each set of sources."""
     sources = sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp"), *kernels.glob("*")])
     text = b"".join(path.read_bytes() for path in sources if path.is_file())
     name = hashlib.sha256(text + " ".join([str(COMPILER), *FLAGS, *extra]).encode()).hexdigest()
     library = folder / f"{name[:16]}.so"
-    if library.exists():
-        return library
+    with open(folder / f"{name[:16]}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # workers of one run want the same library
+        if not library.exists():
+            compile_library(library, extra, kernels)
+    return library
+
+
+def compile_library(library: Path, extra: tuple[str, ...], kernels: Path) -> None:
     command = [str(COMPILER), *FLAGS, *extra, f"-I{HERE}", f"-I{kernels}"]
     jobs = []
     for source in sorted(HERE.glob("host_*.cpp")):
-        target = folder / f"{name[:16]}.{source.stem}.o"
+        target = library.with_suffix(f".{source.stem}.o")
         jobs.append((target, subprocess.Popen([*command, "-c", str(source), "-o", str(target)])))
     for target, job in jobs:
         if job.wait() != 0:
@@ -65,7 +78,6 @@ def build(folder: Path, extra: tuple[str, ...] = (), kernels: Path = KERNELS) ->
     part.rename(library)
     for target, _ in jobs:
         target.unlink()
-    return library
 
 
 class Strides(ctypes.Structure):
@@ -315,7 +327,9 @@ class Host:
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         geometry = PatchGeometry.of(images, weight, mean, std)
         grad_images = torch.zeros(images.shape, dtype=images.dtype) if images_grad else None
-        grad_geometry = PatchGeometry.of(images if grad_images is None else grad_images, weight, mean, std)
+        grad_geometry = PatchGeometry.of(
+            images if grad_images is None else grad_images, weight, mean, std
+        )
         grad_weight = torch.full(weight.shape, torch.nan, dtype=weight.dtype)
         grad_sum = torch.full(grad_out.shape[1:], torch.nan)
         splits = self.library.host_patch_embed_splits(

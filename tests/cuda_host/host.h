@@ -1,5 +1,5 @@
-// Runs a plan of csrc/cuda on the host. Python calls the functions of host_*.cpp through ctypes; each
-// returns 0, or 1 with a message in `error`.
+// Runs a plan of csrc/cuda on the host. Python calls the functions of host_*.cpp through ctypes;
+// each returns 0, or 1 with a message in `error`.
 #pragma once
 
 #include <algorithm>
@@ -36,9 +36,9 @@ int run_on_host(const Options& options, Result* result, Plan plan) {
                         options.left_out_index};
   try {
     plan([&](const Instance&, const Launch& launch, auto kernel, const auto&... arguments) {
-      emulator::Report report = emulator::launch(
-          static_cast<unsigned>(launch.blocks), launch.threads, launch.shared_bytes, how,
-          [&] { call(kernel, arguments...); });
+      emulator::Report report =
+          emulator::launch(static_cast<unsigned>(launch.blocks), launch.threads,
+                           launch.shared_bytes, how, [&] { call(kernel, arguments...); });
       result->matrices_loaded += report.matrices_loaded;
       result->wavefronts += report.wavefronts;
       result->products += report.products;

@@ -19,8 +19,8 @@ extern "C" int host_attention_decode(const AttentionForward* problem, const Opti
   std::vector<unsigned> tickets(size.tickets, 0);
   return with_dtype(problem->dtype, [&](auto element) {
     return run_on_host(*options, result, [&](auto run) {
-      plan_attention_decode<decltype(element)>(
-          *problem, {partial.data(), tickets.data(), size.splits}, run);
+      plan_attention_decode<decltype(element)>(*problem,
+                                               {partial.data(), tickets.data(), size.splits}, run);
     });
   });
 }

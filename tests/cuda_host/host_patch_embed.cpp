@@ -5,9 +5,8 @@
 extern "C" int host_patch_embed(const PatchEmbedForward* problem, const Options* options,
                                 Result* result) {
   return with_dtype(problem->dtype, [&](auto element) {
-    return run_on_host(*options, result, [&](auto run) {
-      plan_patch_embed<decltype(element)>(*problem, run);
-    });
+    return run_on_host(*options, result,
+                       [&](auto run) { plan_patch_embed<decltype(element)>(*problem, run); });
   });
 }
 
@@ -17,8 +16,8 @@ extern "C" int host_patch_embed_splits(const PatchGeometry* geometry, int embed,
 }
 
 extern "C" int host_patch_embed_backward(const PatchEmbedBackward* problem,
-                                         const PatchGeometry* grad_geometry,
-                                         const Options* options, Result* result) {
+                                         const PatchGeometry* grad_geometry, const Options* options,
+                                         Result* result) {
   return with_dtype(problem->dtype, [&](auto element) {
     return run_on_host(*options, result, [&](auto run) {
       plan_patch_embed_backward<decltype(element)>(*problem, *grad_geometry, run);

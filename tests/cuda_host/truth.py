@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import torch
 
+LARGE_NEGATIVE = torch.finfo(torch.float32).min
+
+
+def inputs(queries, keys, head_dim, *, batch=1, heads=2, kv_heads=None, dtype=torch.bfloat16):
+    """query, key and value of the same random numbers for the same sizes."""
+    torch.manual_seed(queries * 1000 + keys + head_dim)
+    kv_heads = kv_heads or heads
+    query = torch.randn(batch, heads, queries, head_dim, dtype=dtype)
+    key, value = (torch.randn(batch, kv_heads, keys, head_dim, dtype=dtype) for _ in range(2))
+    return query, key, value
+
 
 def attention(
-    query, key, value, attn_mask=None, kv_lengths=None, query_offset=None, is_causal=False, scale=1.0
+    query,
+    key,
+    value,
+    attn_mask=None,
+    kv_lengths=None,
+    query_offset=None,
+    is_causal=False,
+    scale=1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, every step rounded to the dtype of the query."""
     group = query.shape[1] // key.shape[1]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import harness
 import pytest
-from conftest import build_folder
 
 HERE = Path(__file__).parent
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined")
@@ -34,7 +33,7 @@ def environment():
 
 @pytest.fixture(scope="module")
 def library(request, tmp_path_factory, environment):
-    folder = build_folder(request, tmp_path_factory)
+    folder = harness.build_folder(request, tmp_path_factory)
     return harness.build(folder, (*FLAGS, "-DPATCHGEN_FEWER_INSTANCES"))
 
 

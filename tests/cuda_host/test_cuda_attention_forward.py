@@ -5,16 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import truth
-
-LARGE_NEGATIVE = torch.finfo(torch.float32).min
-
-
-def inputs(queries, keys, head_dim, *, batch=1, heads=2, kv_heads=None, dtype=torch.bfloat16):
-    torch.manual_seed(queries * 1000 + keys + head_dim)
-    kv_heads = kv_heads or heads
-    query = torch.randn(batch, heads, queries, head_dim, dtype=dtype)
-    key, value = (torch.randn(batch, kv_heads, keys, head_dim, dtype=dtype) for _ in range(2))
-    return query, key, value
+from truth import LARGE_NEGATIVE, inputs
 
 
 def check(host, query, key, value, **options):
@@ -25,7 +16,9 @@ def check(host, query, key, value, **options):
     truth.assert_parity(out, eager, exact)
     empty = exact_lse == -torch.inf
     assert (lse[empty] == -torch.inf).all() and (out[empty] == 0).all()
-    torch.testing.assert_close(lse[~empty].double(), exact_lse[~empty].double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        lse[~empty].double(), exact_lse[~empty].double(), rtol=1e-4, atol=1e-4
+    )
     assert host.wavefronts_per_matrix == 1 or key.shape[2] == 0, "bank conflicts"
     return out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import truth
-from test_attention_forward import LARGE_NEGATIVE, inputs
+from truth import LARGE_NEGATIVE, inputs
 
 
 def check(host, query, key, value, *, grad_out=None, with_grad_lse=True, **options):
@@ -94,8 +94,6 @@ def test_bitwise_the_same_whatever_the_order_of_warps(host):
     seen = []
     for seed in range(4):
         host.seed = seed
-        seen.append(
-            host.attention_backward(out, None, query, key, value, out, lse, scale=0.125)
-        )
+        seen.append(host.attention_backward(out, None, query, key, value, out, lse, scale=0.125))
     for grads in seen[1:]:
         assert all(a.equal(b) for a, b in zip(grads, seen[0], strict=True))

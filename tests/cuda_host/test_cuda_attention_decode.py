@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import truth
-from test_attention_forward import LARGE_NEGATIVE, inputs
+from truth import LARGE_NEGATIVE, inputs
 
 
 @pytest.fixture(params=[1, 132], ids=["one split", "many splits"])
