@@ -44,23 +44,9 @@ void describe_attention_forward(int device, std::vector<KernelFacts>& list) {
   describe_forward_as<float16>(DType::FLOAT16, device, list);
 }
 
-void describe_attention_decode(int device, std::vector<KernelFacts>& list) {
-  Describer run(device, list);
-  for_each_size(DType::BFLOAT16, [&](const AttentionInputs& inputs) {
-    AttentionForward p{};
-    static_cast<AttentionInputs&>(p) = inputs;
-    p.queries = 1;
-    if (p.keys == SHORT_SEQUENCE) plan_attention_decode<bfloat16>(p, {nullptr, nullptr, 1}, run);
-  });
-}
-
-void describe_attention_backward(int device, std::vector<KernelFacts>& list) {
-  Describer run(device, list);
-  for_each_size(DType::BFLOAT16, [&](const AttentionInputs& inputs) {
-    AttentionBackward p{};
-    static_cast<AttentionInputs&>(p) = inputs;
-    if (p.queries == SHORT_SEQUENCE) plan_attention_backward<bfloat16>(p, run);
-  });
+void describe_attention_backward_and_decode(int device, std::vector<KernelFacts>& list) {
+  plan_every_backward_and_decode<bfloat16>(DType::BFLOAT16, Describer(device, list));
+  plan_every_backward_and_decode<float16>(DType::FLOAT16, Describer(device, list));
 }
 
 }  // namespace patchgen_fast::cuda

@@ -29,20 +29,6 @@ inline void check_served(const AttentionInputs& p, bool short_queries) {
          "pass backend=None or backend=\"triton\", which streams longer sequences");
 }
 
-// One problem for each instance, at the largest size that it serves.
-template <class Use>
-void for_each_size(DType dtype, Use&& use) {
-  for (int head_dim : {32, 64, 72, 80, 96, 128})
-    for (int tokens : {64, 128, 208, SHORT_SEQUENCE}) {
-      AttentionInputs p{};
-      p.batch = p.heads = p.kv_heads = 1;
-      p.queries = p.keys = tokens;
-      p.head_dim = head_dim;
-      p.dtype = dtype;
-      use(p);
-    }
-}
-
 template <class T>
 void launch_forward_as(const AttentionForward& p, int device, void* stream) {
   check_served(p, false);
@@ -52,11 +38,7 @@ void launch_forward_as(const AttentionForward& p, int device, void* stream) {
 
 template <class T>
 void describe_forward_as(DType dtype, int device, std::vector<KernelFacts>& list) {
-  Describer run(device, list);
-  for_each_size(dtype, [&](const AttentionInputs& inputs) {
-    plan_attention_forward<T>(AttentionForward{inputs, nullptr, {}, nullptr}, run.multiprocessors(),
-                              run);
-  });
+  plan_every_forward<T>(dtype, Describer(device, list));
 }
 
 extern template void launch_forward_as<bfloat16>(const AttentionForward&, int, void*);

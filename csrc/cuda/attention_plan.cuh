@@ -47,7 +47,7 @@ void plan_attention_backward(const AttentionBackward& p, Run&& run) {
   const int64_t kv_heads = static_cast<int64_t>(p.batch) * p.kv_heads;
   if (kv_heads == 0 || (p.queries == 0 && p.keys == 0)) return;
   with_width(p.head_dim, [&](auto width) {
-    run(Instance{"attention_backward", p.dtype, width, 0},
+    run(Instance{"attention_backward", p.dtype, width},
         Launch{kv_heads, BackwardLayout::THREADS,
                backward_shared_bytes<width>(p.queries, p.keys, p.heads / p.kv_heads)},
         Kernel<attention_backward_kernel<T, width>>{}, p);
@@ -73,10 +73,41 @@ void plan_attention_decode(const AttentionForward& p, const DecodeWork& work, Ru
       static_cast<int64_t>(p.batch) * p.kv_heads * ceil_div(p.heads / p.kv_heads * p.queries, TILE);
   if (row_tiles == 0) return;
   with_width(p.head_dim, [&](auto width) {
-    run(Instance{"attention_decode", p.dtype, width, 0},
+    run(Instance{"attention_decode", p.dtype, width},
         Launch{row_tiles * work.splits, DecodeLayout::THREADS, decode_shared_bytes<width>()},
         Kernel<attention_decode_kernel<T, width>>{}, p, work);
   });
+}
+
+// Every instance of the forward kernel, at the largest size that it serves.
+template <class T, class Run>
+void plan_every_forward(DType dtype, Run&& run) {
+  for (int head_dim : {32, 64, 72, 80, 96, 128})
+    for (int tokens : {64, 128, 208, SHORT_SEQUENCE}) {
+      AttentionForward p{};
+      p.batch = p.heads = p.kv_heads = 1;
+      p.queries = p.keys = tokens;
+      p.head_dim = head_dim;
+      p.dtype = dtype;
+      plan_attention_forward<T>(p, 1, run);
+    }
+}
+
+// Every instance of the kernels for gradients and for generation, at the longest sequence.
+template <class T, class Run>
+void plan_every_backward_and_decode(DType dtype, Run&& run) {
+  for (int head_dim : {32, 64, 72, 80, 96, 128}) {
+    AttentionBackward p{};
+    p.batch = p.heads = p.kv_heads = 1;
+    p.queries = p.keys = SHORT_SEQUENCE;
+    p.head_dim = head_dim;
+    p.dtype = dtype;
+    plan_attention_backward<T>(p, run);
+    AttentionForward step{};
+    static_cast<AttentionInputs&>(step) = p;
+    step.queries = 1;
+    plan_attention_decode<T>(step, {nullptr, nullptr, 1}, run);
+  }
 }
 
 }  // namespace patchgen_fast::cuda

@@ -17,8 +17,7 @@ struct KernelFacts {
 
 // Each file of kernels adds its own.
 void describe_attention_forward(int device, std::vector<KernelFacts>& list);
-void describe_attention_decode(int device, std::vector<KernelFacts>& list);
-void describe_attention_backward(int device, std::vector<KernelFacts>& list);
+void describe_attention_backward_and_decode(int device, std::vector<KernelFacts>& list);
 void describe_patch_embed(int device, std::vector<KernelFacts>& list);
 
 }  // namespace patchgen_fast::cuda

@@ -41,35 +41,9 @@ void launch_patch_embed_backward_as(const PatchEmbedBackward& p, const PatchGeom
   plan_patch_embed_backward<T>(p, grads, run);
 }
 
-// Every instance, at ViT-B/16's size (p14 for pixels loaded in pairs).
 template <class T>
 void describe_patch_embed_as(DType dtype, int device, std::vector<KernelFacts>& list) {
-  Describer run(device, list);
-  for (DType pixel : {DType::UINT8, DType::BFLOAT16, DType::FLOAT16, DType::FLOAT32})
-    for (int side : {16, 14, 7}) {
-      PatchGeometry g{};
-      g.image_dtype = pixel;
-      g.batch = 1;
-      g.channels = 3;
-      g.patch_t = g.grid_t = 1;
-      g.patch_h = g.patch_w = side;
-      g.grid_h = g.grid_w = 224 / side;
-      g.channel_stride = 224 * 224;
-      g.row_stride = 224;
-      g.column_stride = 1;
-      PatchEmbedForward forward{};
-      forward.geometry = g;
-      forward.embed = 768;
-      forward.dtype = dtype;
-      plan_patch_embed<T>(forward, run);
-      PatchEmbedBackward backward{};
-      backward.geometry = g;
-      backward.embed = 768;
-      backward.dtype = dtype;
-      backward.splits = 1;
-      backward.grad_weight = backward.grad_images = &backward;  // asked for; nothing is launched
-      plan_patch_embed_backward<T>(backward, g, run);
-    }
+  plan_every_patch_embed<T>(dtype, Describer(device, list));
 }
 
 #define PATCHGEN_EXTERN(prefix, T)                                                          \

@@ -40,11 +40,20 @@ Tensor aligned(const Tensor& tensor) {
              : torch::stable::clone(whole);
 }
 
+// Kernels read uint8, float32 and the weights' dtype.
+Tensor readable(const Tensor& images, const Tensor& weight) {
+  const ScalarType type = images.scalar_type();
+  const bool other_half =
+      (type == ScalarType::Half || type == ScalarType::BFloat16) && type != weight.scalar_type();
+  return other_half ? torch::stable::to(images, ScalarType::Float) : images;
+}
+
 Tensor patch_embed(Tensor images, Tensor weight, OptionalTensor bias, OptionalTensor pos_embed,
                    OptionalTensor prefix, OptionalTensor mean, OptionalTensor std) {
   static CallCounter calls("patch_embed.cuda");
   calls.add();
   weight = aligned(weight);
+  images = readable(images, weight);
   PatchEmbedForward p{};
   p.geometry = geometry_of(images, weight, mean, std);
   p.weight = weight.const_data_ptr();
@@ -72,6 +81,8 @@ std::tuple<Tensor, Tensor, Tensor> patch_embed_backward(Tensor grad_out, Tensor 
   const int device = weight.get_device_index();
   weight = aligned(weight);
   grad_out = aligned(grad_out);
+  const ScalarType grad_images_type = images.scalar_type();
+  images = readable(images, weight);
   PatchEmbedBackward p{};
   p.geometry = geometry_of(images, weight, mean, std);
   p.weight = weight.const_data_ptr();
@@ -104,6 +115,8 @@ std::tuple<Tensor, Tensor, Tensor> patch_embed_backward(Tensor grad_out, Tensor 
     p.grad_images = grad_images.mutable_data_ptr();
   }
   launch_patch_embed_backward(p, grads, device, current_stream(device));
+  if (images_grad && grad_images.scalar_type() != grad_images_type)
+    grad_images = torch::stable::to(grad_images, grad_images_type);
   return {grad_images, grad_weight, grad_sum};
 }
 

@@ -11,17 +11,26 @@
 
 namespace patchgen_fast::cuda {
 
-// An instance of a kernel: what errors and `patchgen-fast info --kernels` call it.
+inline const char* name_of(DType dtype) {
+  constexpr const char* NAMES[] = {"bf16", "fp16", "fp32", "uint8", "bool"};
+  return NAMES[static_cast<int>(dtype)];
+}
+
+// An instance of a kernel: what errors and `patchgen-fast info --kernels` call it, with the
+// template arguments in their order.
 struct Instance {
   const char* kernel;
   DType dtype;
-  int width;  // elements of a row that its tiles are made for
-  int tiles;  // a bound on tiles of 16 along the other side, or 0
+  int first, second = 0;      // widths, tiles, pixels together; 0: none
+  DType pixel = DType::BOOL;  // of patch embedding; BOOL: none
 
   std::string name() const {
-    std::string text = std::string(kernel) + "<" + (dtype == DType::BFLOAT16 ? "bf16" : "fp16") +
-                       ", " + std::to_string(width);
-    return text + (tiles ? ", " + std::to_string(tiles) + ">" : ">");
+    std::string text = std::string(kernel) + "<";
+    if (pixel != DType::BOOL) text += std::string(name_of(pixel)) + ", ";
+    text += name_of(dtype);
+    if (first) text += ", " + std::to_string(first);
+    if (second) text += ", " + std::to_string(second);
+    return text + ">";
   }
 };
 

@@ -59,3 +59,14 @@ int with_dtype([[maybe_unused]] DType dtype, Use use) {
 #endif
   return use(bfloat16{});
 }
+
+// A line for each instance that a plan would launch: its name, threads, bytes of shared memory.
+template <class Plan>
+void describe_on_host(char* text, int size, Plan plan) {
+  std::string lines;
+  plan([&](const Instance& instance, const Launch& launch, auto, const auto&...) {
+    lines += instance.name() + "\t" + std::to_string(launch.threads) + "\t" +
+             std::to_string(launch.shared_bytes) + "\n";
+  });
+  snprintf(text, size, "%s", lines.c_str());
+}

@@ -33,3 +33,10 @@ extern "C" int host_attention_backward(const AttentionBackward* problem, const O
     });
   });
 }
+
+extern "C" void host_describe_attention(char* text, int size) {
+  describe_on_host(text, size, [](auto run) {
+    plan_every_forward<bfloat16>(DType::BFLOAT16, run);
+    plan_every_backward_and_decode<bfloat16>(DType::BFLOAT16, run);
+  });
+}

@@ -24,3 +24,8 @@ extern "C" int host_patch_embed_backward(const PatchEmbedBackward* problem,
     });
   });
 }
+
+extern "C" void host_describe_patch_embed(char* text, int size) {
+  describe_on_host(text, size,
+                   [](auto run) { plan_every_patch_embed<bfloat16>(DType::BFLOAT16, run); });
+}
