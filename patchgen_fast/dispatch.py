@@ -147,7 +147,8 @@ def reset_counters() -> None:
 @contextmanager
 def counting() -> Iterator[dict[str, int]]:
     """Count what runs inside: the yielded dictionary is filled on leaving the block."""
-    before, ran = counters(), {}
+    before = counters()
+    ran: dict[str, int] = {}
     try:
         yield ran
     finally:

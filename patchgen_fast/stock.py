@@ -25,7 +25,7 @@ def _joined_mask(
     if kv_lengths is None and not is_causal:
         return attn_mask
     seen = reference.attendable(query, key, attn_mask, kv_lengths, query_offset, is_causal)
-    if attn_mask is None or attn_mask.dtype == torch.bool:
+    if seen is None or attn_mask is None or attn_mask.dtype == torch.bool:
         return seen
     return attn_mask.masked_fill(~seen, -torch.inf)
 

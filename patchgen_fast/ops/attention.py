@@ -240,7 +240,13 @@ def _normalise_counts(
         return None
     batch = query.shape[0]
     if isinstance(counts, (int, torch.SymInt)):
-        return torch.full((batch,), counts, dtype=torch.int32, device=query.device)
+        # SymInt: an offset that a traced graph leaves open.
+        return torch.full(
+            (batch,),
+            counts,  # type: ignore[arg-type]
+            dtype=torch.int32,
+            device=query.device,
+        )
     check_tensors("attention", {"query": query, name: counts})
     if counts.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"attention: expected {name} in int32 or int64; got {describe(counts)}")

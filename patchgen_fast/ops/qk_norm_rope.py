@@ -199,7 +199,11 @@ def _check_tables(
             )
     cos, sin = (x[(None,) * (4 - x.dim())] for x in (cos, sin))
     shape = torch.broadcast_shapes(cos.shape, sin.shape, (1, 1, *full[2:]))
-    return tuple(inner_contiguous(x.expand(shape)) for x in (cos, sin))
+    return inner_contiguous(cos.expand(shape)), inner_contiguous(sin.expand(shape))
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def qk_norm_rope(
@@ -246,7 +250,10 @@ def qk_norm_rope(
     args = QkNormRopeArguments(
         inner_contiguous(query),
         inner_contiguous(key),
-        *(None if x is None else x.contiguous() for x in weights.values()),
+        _contiguous(q_weight),
+        _contiguous(k_weight),
+        _contiguous(q_bias),
+        _contiguous(k_bias),
         cos,
         sin,
         norm or "none",

@@ -231,7 +231,9 @@ def varlen_attention(
     _check_offsets("cu_seqlens_k", cu_seqlens_k, query, key.shape[0], max_seqlen_k)
     check_shape("varlen_attention", "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
     args = VarlenAttentionArguments(
-        *(inner_contiguous(x) for x in (query, key, value)),
+        inner_contiguous(query),
+        inner_contiguous(key),
+        inner_contiguous(value),
         cu_seqlens_q.contiguous(),
         cu_seqlens_k.contiguous(),
         max_seqlen_q,

@@ -253,7 +253,10 @@ def varlen_attention_backward(
     grads = attention_backward(
         _packed(grad_out),
         None if grad_lse is None else grad_lse.unsqueeze(0),
-        *(_packed(x) for x in (query, key, value, out)),
+        _packed(query),
+        _packed(key),
+        _packed(value),
+        _packed(out),
         lse.unsqueeze(0),
         seen,
         None,

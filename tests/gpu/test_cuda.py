@@ -115,8 +115,8 @@ def test_the_current_stream_is_used():
         query.fill_(0)  # done only after the sleep, on this stream
         out, _ = forward(query, key, value)
     torch.cuda.synchronize()
-    torch.testing.assert_close(out.float(), value.float().mean(2, keepdim=True).expand_as(out).float(),
-                               rtol=0.02, atol=0.01)  # fmt: skip
+    mean = value.float().mean(2, keepdim=True).expand_as(out)
+    torch.testing.assert_close(out.float(), mean, rtol=0.02, atol=0.01)
 
 
 def test_errors_name_kernel_shape_and_remedy():
