@@ -83,6 +83,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_out, _):
     input, weight, preactivation = ctx.saved_tensors
     needed = ctx.needs_input_grad
+    if not any(needed[:3]):  # the residual alone: nothing was saved for the rest
+        return None, None, None, None, grad_out, None
     grads = OP.run_backward(
         ctx, grad_out, input, weight, preactivation, ctx.activation, *needed[:3]
     )
