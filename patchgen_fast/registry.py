@@ -237,6 +237,15 @@ class Op:
         qualified = f"{NAMESPACE}::{self.name}_backward.{backend}"
         torch.library.register_fake(qualified, self.backward_fake, lib=_library)
 
+        # Without this, torch would take a backward for a constant, with no more than a warning.
+        def refuse(ctx: Any, *grads: Any) -> None:
+            raise RuntimeError(
+                f"{self.name}: expected gradients of first order only from its kernels; got a "
+                "second derivative. Pass backend='torch' or 'reference', whose operators have one"
+            )
+
+        torch.library.register_autograd(qualified, refuse, lib=_library)
+
     def _implement(self, operator: str, backend: str, implementation: Callable) -> None:
         call = f"{operator}.{backend}"
         _library.impl(call, counted(call, implementation), "CompositeExplicitAutograd")

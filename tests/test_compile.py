@@ -107,7 +107,7 @@ def test_a_second_derivative_is_refused_not_wrong(sample: Sample, target: Target
         [g.clone().requires_grad_() for g in stated.cotangents.values()],
         create_graph=True,
     )
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="got a second derivative. Pass backend='torch'"):
         torch.autograd.grad(sum(g.float().square().sum() for g in first), wanted)
 
 
