@@ -27,7 +27,8 @@ struct AttentionMask {
   int64_t key;
 };
 
-struct AttentionForward {
+// The inputs that forward and backward share.
+struct AttentionInputs {
   Dtype dtype;
   int64_t batch, heads, kv_heads, queries, keys, dim;
   AttentionTensor query, key, value;
@@ -36,14 +37,28 @@ struct AttentionForward {
   const int32_t* query_offset;  // [batch] or null
   bool is_causal;
   float scale;
+};
+
+struct AttentionForward : AttentionInputs {
   void* out;   // [batch, queries, heads, dim], contiguous
   float* lse;  // [batch, heads, queries], contiguous, natural logarithm
 };
 
-// How a forward is cut into tasks; made by the kernel's own instruction set.
+struct AttentionBackward : AttentionInputs {
+  AttentionTensor out, grad_out;
+  const float* lse;       // [batch, heads, queries], contiguous
+  const float* grad_lse;  // likewise, or null
+  void* grad_query;       // [batch, queries, heads, dim], contiguous
+  void* grad_key;         // [batch, keys, kv_heads, dim], contiguous
+  void* grad_value;       // likewise
+  void* grad_mask;        // as the mask, with its strides; null: not asked for
+  int64_t mask_batch, mask_heads, mask_queries, mask_keys;  // sizes of the mask, 1 where broadcast
+};
+
+// How a kernel's work is cut into tasks; made by the kernel's own instruction set.
 struct AttentionPlan {
   int64_t tasks;
-  int64_t chunk;         // query rows of one task
+  int64_t chunk;         // blocks of query rows in one task
   int64_t chunks;        // tasks of one (batch, key-value head)
   size_t scratch_bytes;  // of each running thread
 };

@@ -17,7 +17,7 @@
 // floats as they are packed. Bytes moved: each operand once for a task, out and lse once.
 #pragma once
 
-#include "attention_softmax.h"
+#include "attention_view.h"
 
 namespace patchgen_fast {
 namespace {
@@ -89,33 +89,23 @@ class ForwardTask {
  public:
   ForwardTask(const AttentionForward& problem, const AttentionPlan& plan, int64_t task,
               void* scratch)
-      : problem_(problem), shape_(problem), work_(shape_, plan.chunk, scratch) {
-    const int64_t group = task / plan.chunks;
-    batch_ = group / problem.kv_heads;
-    kv_head_ = group % problem.kv_heads;
-    first_block_ = task % plan.chunks * plan.chunk;
-    last_block_ = smaller(first_block_ + plan.chunk, shape_.blocks);
-    length_ = problem.keys;
-    if (problem.kv_lengths != nullptr) {
-      length_ = larger(0, smaller(length_, problem.kv_lengths[batch_]));
-    }
-    offset_ = problem.query_offset == nullptr ? 0 : problem.query_offset[batch_];
-    const float scale = problem.scale;
-    sign_ = scale == 0 ? 0.0f : scale < 0 ? -1.0f : 1.0f;
-    magnitude_ = scale == 0 ? 1.0f : scale < 0 ? -scale : scale;
-    additive_ = problem.mask.data != nullptr && problem.mask.dtype != Dtype::boolean;
-  }
+      : problem_(problem),
+        shape_(problem),
+        work_(shape_, plan.chunk, scratch),
+        view_(problem, task / plan.chunks / problem.kv_heads,
+              task / plan.chunks % problem.kv_heads),
+        first_block_(task % plan.chunks * plan.chunk),
+        last_block_(smaller(first_block_ + plan.chunk, shape_.blocks)) {}
 
   void run() {
-    for (int64_t panel = 0; panel < shape_.panels; ++panel) {
-      panel_first_ = panel * shape_.panel;
-      panel_keys_ = larger(0, smaller(shape_.panel, length_ - panel_first_));
-      if (panel > 0 && panel_keys_ == 0) {
+    for (int64_t index = 0; index < shape_.panels; ++index) {
+      const KeyPanel panel = view_.panel(index * shape_.panel, shape_.panel);
+      if (index > 0 && panel.keys == 0) {
         break;
       }
-      pack_panel();
+      pack(panel);
       for (int64_t block = first_block_; block < last_block_; ++block) {
-        attend(block_at(block), panel == 0);
+        attend(block_at(block), panel);
       }
     }
     if (shape_.panels > 1) {
@@ -127,16 +117,16 @@ class ForwardTask {
   }
 
  private:
-  // Rows [query, query + rows) of one head, and where their running values are kept.
-  struct Block {
-    int64_t head, query, rows;
+  // Query rows, and where their running values are kept.
+  struct Block : QueryRows {
     float *maxima, *sums, *state;
   };
 
   Block block_at(int64_t index) const {
     const int64_t slot = shape_.panels > 1 ? index - first_block_ : 0;
     Block block;
-    block.head = kv_head_ * (problem_.heads / problem_.kv_heads) + index / shape_.blocks_per_head;
+    block.head =
+        view_.kv_head * (problem_.heads / problem_.kv_heads) + index / shape_.blocks_per_head;
     block.query = index % shape_.blocks_per_head * kBlockRows;
     block.rows = smaller(kBlockRows, problem_.queries - block.query);
     block.maxima = work_.maxima + slot * kStatRows;
@@ -145,37 +135,25 @@ class ForwardTask {
     return block;
   }
 
-  const Element* element(const AttentionTensor& tensor, int64_t head, int64_t token) const {
-    return static_cast<const Element*>(tensor.data) + batch_ * tensor.batch + head * tensor.head +
-           token * tensor.token;
-  }
-
-  void pack_panel() {
+  void pack(const KeyPanel& panel) {
     const AttentionTensor& key = problem_.key;
     const AttentionTensor& value = problem_.value;
-    pack_keys<Math>(element(key, kv_head_, panel_first_), key.token, panel_keys_, problem_.dim,
-                    work_.keys);
-    pack_values<Math>(element(value, kv_head_, panel_first_), value.token, panel_keys_,
-                      problem_.dim, work_.values, shape_.columns);
+    pack_keys<Math>(view_.element<Element>(key, view_.kv_head, panel.first), key.token, panel.keys,
+                    problem_.dim, work_.keys);
+    pack_values<Math>(view_.element<Element>(value, view_.kv_head, panel.first), value.token,
+                      panel.keys, problem_.dim, work_.values, shape_.columns);
   }
 
-  // Keys of this panel that a query sees: always the first ones.
-  int64_t visible(int64_t query) const {
-    const int64_t end = problem_.is_causal ? query + offset_ + 1 - panel_first_ : panel_keys_;
-    return larger(0, smaller(panel_keys_, end));
-  }
-
-  void attend(const Block& block, bool first_panel) {
-    const int64_t keys = visible(block.query + block.rows - 1);
-    if (first_panel) {
+  void attend(const Block& block, const KeyPanel& panel) {
+    const int64_t keys = view_.visible(block, panel);
+    if (panel.first == 0) {
       reset(block);
     } else if (keys == 0) {
       return;
     }
     const int64_t vectors = divide_up(keys, kLanes);
-    score(block, vectors);
-    mask(block, keys, vectors);
-    const float factor = (additive_ ? 1.0f : magnitude_) * kLog2e;
+    score(block, panel, vectors);
+    const float factor = view_.to_natural * kLog2e;
     if (shape_.panels == 1) {
       softmax_block<Math>(work_.scores, shape_.score_row, block.rows, vectors, factor, block.maxima,
                           block.sums);
@@ -201,44 +179,20 @@ class ForwardTask {
     }
   }
 
-  // scores = sign(scale) * Q K^T
-  void score(const Block& block, int64_t vectors) {
-    pack_rows<Math>(element(problem_.query, block.head, block.query), problem_.query.token,
-                    block.rows, problem_.dim, sign_, work_.queries, shape_.query_row);
-    const int64_t panel_vectors = divide_up(panel_keys_, kLanes);
-    const float* keys = work_.keys;
-    for (int64_t first = 0; first < vectors;) {
-      const int64_t width = tile_vectors(panel_vectors - first);
-      multiply_in_runs<Math>(work_.queries, shape_.query_row, block.rows, keys, width * kLanes,
-                             smaller(width, vectors - first), shape_.steps,
-                             work_.scores + first * kLanes, shape_.score_row);
-      keys += width * kLanes * shape_.steps;
-      first += width;
-    }
-  }
-
-  void mask(const Block& block, int64_t keys, int64_t vectors) {
-    const AttentionMask& mask = problem_.mask;
-    if (mask.data != nullptr) {
-      const int64_t first = batch_ * mask.batch + block.head * mask.head +
-                            block.query * mask.query + panel_first_ * mask.key;
-      apply_mask(work_.scores, shape_.score_row, block.rows, keys, mask, first, magnitude_);
-    }
-    for (int64_t r = 0; r < block.rows; ++r) {
-      hide_keys_from(work_.scores + r * shape_.score_row, visible(block.query + r), vectors);
-    }
+  // scores = sign(scale) * Q K^T, masked
+  void score(const Block& block, const KeyPanel& panel, int64_t vectors) {
+    pack_rows<Math>(view_.element<Element>(problem_.query, block.head, block.query),
+                    problem_.query.token, block.rows, problem_.dim, view_.sign, work_.queries,
+                    shape_.query_row);
+    multiply_keys<Math>({work_.queries, shape_.query_row}, block.rows, work_.keys, panel.keys,
+                        vectors, shape_.steps, work_.scores, shape_.score_row);
+    view_.mask(block, panel, work_.scores, shape_.score_row);
   }
 
   // product = P V
   void weigh(const Block& block, int64_t keys) {
-    const int64_t vectors = shape_.columns / kLanes;
-    for (int64_t first = 0; first < vectors;) {
-      const int64_t width = tile_vectors(vectors - first);
-      multiply<Math>(work_.scores, shape_.score_row, block.rows, work_.values + first * kLanes,
-                     shape_.columns, width, divide_up(keys, Math::kGroup),
-                     work_.product + first * kLanes, shape_.columns);
-      first += width;
-    }
+    multiply_rows<Math>({work_.scores, shape_.score_row}, block.rows, work_.values, shape_.columns,
+                        divide_up(keys, Math::kGroup), work_.product);
   }
 
   // state = state * decay + product, and the same for the sums.
@@ -265,32 +219,28 @@ class ForwardTask {
   // Normalises `rows` into out, and writes lse.
   void finish(const Block& block, const float* rows) {
     float inverse[kStatRows];
-    const float to_natural = additive_ ? 1.0f : magnitude_;
     float* lse =
-        problem_.lse + (batch_ * problem_.heads + block.head) * problem_.queries + block.query;
+        problem_.lse + (view_.batch * problem_.heads + block.head) * problem_.queries + block.query;
     for (int64_t r = 0; r < block.rows; r += kLanes) {
       const Vec sum = load(block.sums + r);
       store(inverse + r, select(sum == 0.0f, Vec{}, broadcast(1.0f) / sum));
-      store_up_to(lse + r, log_sum_exp(load(block.maxima + r), sum, to_natural), block.rows - r);
+      store_up_to(lse + r, log_sum_exp(load(block.maxima + r), sum, view_.to_natural),
+                  block.rows - r);
     }
     const int64_t token = problem_.heads * problem_.dim;
     Element* out = static_cast<Element*>(problem_.out) +
-                   (batch_ * problem_.queries + block.query) * token + block.head * problem_.dim;
+                   (view_.batch * problem_.queries + block.query) * token +
+                   block.head * problem_.dim;
     for (int64_t r = 0; r < block.rows; ++r, rows += shape_.columns, out += token) {
-      for (int64_t d = 0; d < problem_.dim; d += kLanes) {
-        store_up_to(out + d, load(rows + d) * broadcast(inverse[r]), problem_.dim - d);
-      }
+      store_row(out, rows, problem_.dim, inverse[r]);
     }
   }
 
   const AttentionForward& problem_;
   const ForwardShape<Math> shape_;
   const ForwardWorkspace<Math> work_;
-  int64_t batch_, kv_head_, first_block_, last_block_;
-  int64_t length_, offset_;  // keys of this batch entry; causal diagonal
-  int64_t panel_first_ = 0, panel_keys_ = 0;
-  float sign_, magnitude_;  // of scale; 0 counts as 0 * 1
-  bool additive_;
+  const HeadView view_;
+  const int64_t first_block_, last_block_;
 };
 
 // Enough tasks to even out the threads' loads, none so short that copying its keys and values

@@ -126,5 +126,13 @@ void pack_values(const Element* from, int64_t stride, int64_t keys, int64_t dim,
   }
 }
 
+// to = from * factor, `dim` numbers rounded to Element.
+template <class Element>
+PATCHGEN_FAST_INLINE void store_row(Element* to, const float* from, int64_t dim, float factor) {
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    store_up_to(to + d, load(from + d) * broadcast(factor), dim - d);
+  }
+}
+
 }  // namespace
 }  // namespace patchgen_fast

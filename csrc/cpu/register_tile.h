@@ -2,7 +2,7 @@
 //
 // `a` is read one 32-bit unit at a time and broadcast, `b` one vector at a time:
 //
-//     a [rows][steps]             units, row after row
+//     a [rows][steps]             units, at any stride of either
 //     b [steps][vectors][kLanes]  units, one step every b_step
 //     c [rows][vectors * kLanes]  floats
 //
@@ -31,8 +31,8 @@ struct PairMath {
   }
 };
 
-// Steps summed in one run where float32 accuracy is at stake: halves the error at 64 steps, costs 1
-// %.
+// Steps summed in one run where float32 accuracy is at stake: at 64 steps, two runs instead of one
+// take 1 % longer and a third off the error.
 constexpr int64_t kRun = 32;
 constexpr int kMaxVectors = kRegisters == 32 ? 5 : 3;
 
@@ -51,9 +51,18 @@ constexpr int64_t tile_vectors(int64_t remaining) {
   return remaining == preferred + 1 || remaining == preferred + 2 ? (remaining + 1) / 2 : preferred;
 }
 
+// The operand that is read unit by unit; strides count units. A transposed one has row 1.
+struct Units {
+  const float* data;
+  int64_t row;
+  int64_t step = 1;
+
+  Units at(int64_t r, int64_t s) const { return {data + r * row + s * step, row, step}; }
+};
+
 template <class Math, int kRows, int kVectors>
-void tile(const float* a, int64_t a_row, const float* b, int64_t b_step, int64_t steps, float* c,
-          int64_t c_row, bool add) {
+void tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
+          int64_t steps, float* c, int64_t c_row, bool add) {
   Vec acc[kRows][kVectors] = {};
   for (int64_t step = 0; step < steps; ++step) {
     Vec b_now[kVectors];
@@ -69,7 +78,7 @@ void tile(const float* a, int64_t a_row, const float* b, int64_t b_step, int64_t
         acc[r][v] = Math::multiply_add(acc[r][v], a_now, b_now[v]);
       }
     }
-    a += 1;
+    a += a_step;
     b += b_step;
   }
   if (add) {
@@ -90,7 +99,8 @@ void tile(const float* a, int64_t a_row, const float* b, int64_t b_step, int64_t
   }
 }
 
-using Tile = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool);
+using Tile = void (*)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*,
+                      int64_t, bool);
 
 template <class Math, int kVectors, int... R>
 constexpr auto tiles_of_rows(std::integer_sequence<int, R...>) {
@@ -102,11 +112,11 @@ constexpr auto tiles_of_rows(std::integer_sequence<int, R...>) {
 
 // Any number of rows, up to kMaxVectors vectors. With `add`, the product is added to c.
 template <class Math, int kVectors = 1>
-void multiply(const float* a, int64_t a_row, int64_t rows, const float* b, int64_t b_step,
-              int64_t vectors, int64_t steps, float* c, int64_t c_row, bool add = false) {
+void multiply(Units a, int64_t rows, const float* b, int64_t b_step, int64_t vectors, int64_t steps,
+              float* c, int64_t c_row, bool add = false) {
   if constexpr (kVectors < kMaxVectors) {
     if (vectors > kVectors) {
-      multiply<Math, kVectors + 1>(a, a_row, rows, b, b_step, vectors, steps, c, c_row, add);
+      multiply<Math, kVectors + 1>(a, rows, b, b_step, vectors, steps, c, c_row, add);
       return;
     }
   }
@@ -114,20 +124,49 @@ void multiply(const float* a, int64_t a_row, int64_t rows, const float* b, int64
   static constexpr auto by_rows =
       tiles_of_rows<Math, kVectors>(std::make_integer_sequence<int, kRows>{});
   for (int64_t r = 0; r < rows; r += kRows) {
-    const int64_t count = rows - r < kRows ? rows - r : kRows;
-    by_rows.tiles[count - 1](a + r * a_row, a_row, b, b_step, steps, c + r * c_row, c_row, add);
+    const int64_t count = smaller(rows - r, kRows);
+    by_rows.tiles[count - 1](a.data + r * a.row, a.row, a.step, b, b_step, steps, c + r * c_row,
+                             c_row, add);
   }
 }
 
 // The same over a long contraction, whose running sum would gather rounding errors: in runs of at
 // most kRun steps, each summed on its own.
 template <class Math>
-void multiply_in_runs(const float* a, int64_t a_row, int64_t rows, const float* b, int64_t b_step,
-                      int64_t vectors, int64_t steps, float* c, int64_t c_row) {
+void multiply_in_runs(Units a, int64_t rows, const float* b, int64_t b_step, int64_t vectors,
+                      int64_t steps, float* c, int64_t c_row) {
   const int64_t run = divide_up(steps, larger(1, divide_up(steps, kRun)));
   for (int64_t step = 0; step < steps; step += run) {
-    multiply<Math>(a + step, a_row, rows, b + step * b_step, b_step, vectors,
+    multiply<Math>(a.at(0, step), rows, b + step * b_step, b_step, vectors,
                    smaller(run, steps - step), c, c_row, step > 0);
+  }
+}
+
+// Lanes are dims: b holds rows of `columns` units, one row a step; any number of columns.
+template <class Math>
+void multiply_rows(Units a, int64_t rows, const float* b, int64_t columns, int64_t steps, float* c,
+                   bool add = false) {
+  const int64_t vectors = columns / kLanes;
+  for (int64_t first = 0; first < vectors;) {
+    const int64_t width = tile_vectors(vectors - first);
+    multiply<Math>(a, rows, b + first * kLanes, columns, width, steps, c + first * kLanes, columns,
+                   add);
+    first += width;
+  }
+}
+
+// Lanes are keys: b holds `panel_keys` keys as `pack_keys` leaves them; the product with the first
+// `vectors` vectors of them.
+template <class Math>
+void multiply_keys(Units a, int64_t rows, const float* b, int64_t panel_keys, int64_t vectors,
+                   int64_t steps, float* c, int64_t c_row) {
+  const int64_t panel_vectors = divide_up(panel_keys, kLanes);
+  for (int64_t first = 0; first < vectors;) {
+    const int64_t width = tile_vectors(panel_vectors - first);
+    multiply_in_runs<Math>(a, rows, b, width * kLanes, smaller(width, vectors - first), steps,
+                           c + first * kLanes, c_row);
+    b += width * kLanes * steps;
+    first += width;
   }
 }
 
