@@ -29,6 +29,8 @@ inline void check_served(const AttentionInputs& p, bool short_queries) {
          "pass backend=None or backend=\"triton\", which streams longer sequences");
 }
 
+void launch_attention_forward_sm90(const AttentionForward& p, int device, void* stream);
+
 template <class T>
 void launch_forward_as(const AttentionForward& p, int device, void* stream) {
   check_served(p, false);

@@ -6,6 +6,7 @@
 #include "attention_backward.cuh"
 #include "attention_decode.cuh"
 #include "attention_forward.cuh"
+#include "attention_forward_sm90.cuh"
 #include "plan.h"
 
 namespace patchgen_fast::cuda {
@@ -39,6 +40,41 @@ void plan_attention_forward(const AttentionForward& p, int multiprocessors, Run&
           Launch{heads * shares, ForwardLayout::THREADS, forward_shared_bytes<width>(p.keys)},
           Kernel<attention_forward_kernel<T, width, tiles>>{}, p, shares);
     });
+  });
+}
+
+// What the wgmma kernel serves: head dimensions that its two widths hold without padding much, and
+// whole sequences (values beyond a length would have to be zeroed after the copy).
+inline bool served_by_sm90(const AttentionInputs& p) {
+  const bool width = (p.head_dim > 48 && p.head_dim <= 64) || (p.head_dim > 96);
+  return width && !p.kv_lengths && p.keys > 0 && p.keys <= SHORT_SEQUENCE;
+}
+
+// For a GPU of sm_90. A block takes 64 queries at a time.
+template <class T, class Run>
+void plan_attention_forward_sm90(const AttentionForward& p, int multiprocessors, Run&& run) {
+  const int64_t heads = static_cast<int64_t>(p.batch) * p.heads;
+  const int query_tiles = ceil_div(p.queries, ForwardLayout90::QUERIES);
+  if (heads == 0 || query_tiles == 0) return;
+  const int wanted = static_cast<int>((2 * multiprocessors + heads - 1) / heads);
+  const int shares = std::clamp(wanted, 1, query_tiles);
+  auto map = [&](const void* data, const Strides& stride, int of_heads, int rows, int box_rows) {
+    return make_tensor_map(data, {p.batch, of_heads, rows, p.head_dim},
+                           {stride.batch, stride.head, stride.row}, box_rows,
+                           ForwardLayout90::COLUMNS);
+  };
+  auto launch = [&](auto width, auto tiles) {
+    const int box = tiles * TILE / ForwardLayout90::boxes(tiles);
+    run(Instance{"attention_forward_sm90", p.dtype, width, tiles},
+        Launch{heads * shares, ForwardLayout90::THREADS, forward_shared_bytes_sm90<width, tiles>()},
+        Kernel<attention_forward_sm90_kernel<T, width, tiles>>{}, p,
+        map(p.query, p.query_stride, p.heads, p.queries, ForwardLayout90::QUERIES),
+        map(p.key, p.key_stride, p.kv_heads, p.keys, box),
+        map(p.value, p.value_stride, p.kv_heads, p.keys, box), shares);
+  };
+  with_key_tiles(p.keys, [&](auto tiles) {
+    if (p.head_dim <= 64) return launch(Constant<64>{}, tiles);
+    launch(Constant<128>{}, tiles);
   });
 }
 
@@ -90,6 +126,23 @@ void plan_every_forward(DType dtype, Run&& run) {
       p.head_dim = head_dim;
       p.dtype = dtype;
       plan_attention_forward<T>(p, 1, run);
+    }
+}
+
+template <class T, class Run>
+void plan_every_forward_sm90(DType dtype, Run&& run) {
+  alignas(16) static const char nothing[16] = {};  // a tensor map must point somewhere
+  for (int head_dim : {64, 128})
+    for (int tokens : {64, 128, 208, SHORT_SEQUENCE}) {
+      AttentionForward p{};
+      p.query = p.key = p.value = nothing;
+      p.query_stride = p.key_stride =
+          p.value_stride = {int64_t{tokens} * head_dim, int64_t{tokens} * head_dim, head_dim};
+      p.batch = p.heads = p.kv_heads = 1;
+      p.queries = p.keys = tokens;
+      p.head_dim = head_dim;
+      p.dtype = dtype;
+      plan_attention_forward_sm90<T>(p, 1, run);
     }
 }
 

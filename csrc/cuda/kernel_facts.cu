@@ -31,6 +31,7 @@ extern "C" __attribute__((visibility("default"))) const char* patchgen_fast_cuda
   int count = 0;
   if (cudaGetDeviceCount(&count) == cudaSuccess && device >= 0 && device < count) {
     describe_attention_forward(device, list);
+    describe_attention_forward_sm90(device, list);
     describe_attention_backward_and_decode(device, list);
     describe_patch_embed(device, list);
   } else {

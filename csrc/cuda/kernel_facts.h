@@ -17,6 +17,7 @@ struct KernelFacts {
 
 // Each file of kernels adds its own.
 void describe_attention_forward(int device, std::vector<KernelFacts>& list);
+void describe_attention_forward_sm90(int device, std::vector<KernelFacts>& list);
 void describe_attention_backward_and_decode(int device, std::vector<KernelFacts>& list);
 void describe_patch_embed(int device, std::vector<KernelFacts>& list);
 

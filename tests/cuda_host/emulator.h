@@ -64,11 +64,21 @@ struct PendingCopy {
   int size;
 };
 
+// A product of a warpgroup that has been issued and not yet waited for: one lane's share of it.
+struct WarpgroupProduct {
+  float* d;
+  uint32_t a[4];
+  uint64_t b;
+  int columns;
+  bool transposed, bfloat16, add;
+};
+
 struct Lane {
   Fiber fiber;
   State state = State::READY;
   void* operand = nullptr;  // what this lane brings to the instruction it waits at
-  std::vector<std::vector<PendingCopy>> copy_groups;  // the last one is still open
+  std::vector<std::vector<PendingCopy>> copy_groups;    // the last one is still open
+  std::vector<std::vector<WarpgroupProduct>> products;  // likewise
   int passed[SYNC_KINDS] = {};
 };
 
@@ -109,6 +119,7 @@ class Block {
     for (Lane& lane : lanes) {
       lane.state = State::READY;
       lane.copy_groups.assign(1, {});
+      lane.products.assign(1, {});
       std::fill_n(lane.passed, SYNC_KINDS, 0);
       lane.fiber.start(&Block::enter);
     }
@@ -223,8 +234,8 @@ class Block {
       } else if (!polling) {
         throw std::runtime_error("deadlock: no thread can go on" + where());
       }
-      if (!events.empty() && (runnable.empty() || random() % 4 == 0)) {
-        size_t which = random() % events.size();  // they land in any order
+      if (!events.empty() && polling && runnable.empty()) {  // as late as may be: somebody waits
+        size_t which = random() % events.size();             // they land in any order
         auto event = std::move(events[which]);
         events.erase(events.begin() + which);
         event();

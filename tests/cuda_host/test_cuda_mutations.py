@@ -74,6 +74,30 @@ def test_forward(library, left_out, index):
     assert seen_to_be_wrong(host, forward)
 
 
-@pytest.mark.parametrize("run", [forward, backward])
+def forward_sm90(host: Host):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 200, 64).bfloat16() for _ in range(3))
+    function = "host_attention_forward_sm90"
+    return host.attention(query, key, value, scale=0.125, function=function)
+
+
+@pytest.mark.parametrize(
+    "left_out, index",
+    [
+        ("block barrier", 0),  # the barriers are initialised
+        ("memory barrier", 0),  # keys
+        ("memory barrier", 1),  # queries
+        ("copy wait", 0),  # the scores
+        ("memory barrier", 2),  # values
+        ("copy wait", 1),  # the sum
+        ("memory barrier", 3),  # the next queries
+    ],
+)
+def test_forward_sm90(library, left_out, index):
+    host = Host(library, left_out=left_out, left_out_index=index)
+    assert seen_to_be_wrong(host, forward_sm90)
+
+
+@pytest.mark.parametrize("run", [forward, backward, forward_sm90])
 def test_the_whole_kernel_gives_one_result(library, run):
     assert not seen_to_be_wrong(Host(library), run)
