@@ -14,7 +14,7 @@ CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 empty :=
 BUILT := $(VENV)/.built-$(PATCHGEN_FAST_BUILD)$(subst ;,_,$(subst $(empty) ,_,$(PATCHGEN_FAST_CUDA_ARCHS)))
 
-.PHONY: help test bench readme build environment lint format wheel install-check sanitize clean
+.PHONY: help test bench readme build environment lint format wheel install-check sanitize gpu-code-report clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -105,6 +105,9 @@ sanitize: environment ## the CPU kernels' tests under the sanitizers (g++; some 
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    PYTHONPATH=$$(echo $$PWD/lib*) $(abspath $(BIN))/python -m pytest -k "$(or $(K),cpu)" -n $(JOBS) \
 	    -p no:cacheprovider $(abspath $(SANITIZE_TESTS))
+
+gpu-code-report: environment ## what the GPU compilers make of the kernels; needs nvcc, no GPU
+	$(BIN)/python benchmarks/cuda_code_report.py $(ARGS)
 
 clean: ## what was built; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache $(VENV)/.built-*

@@ -160,6 +160,21 @@ def library() -> ctypes.CDLL:
     return kernels
 
 
+def cuda_kernels(device: int) -> list[dict[str, Any]]:
+    """What the CUDA driver says of each CUDA kernel on that GPU; empty where there is no such GPU
+    or no CUDA kernel.
+
+    Dictionaries of kernel, registers (a thread), local_bytes (spills of a thread), shared_bytes (a
+    block), threads (a block), blocks_per_multiprocessor (resident at once; 0: does not fit).
+    """
+    if not (load().loaded and has_cuda()):
+        return []
+    function = library().patchgen_fast_cuda_kernels
+    function.argtypes, function.restype = [ctypes.c_int], ctypes.c_char_p
+    found: list[dict[str, Any]] = json.loads(function(device).decode())
+    return found
+
+
 def has_cuda() -> bool:
     """Whether CUDA kernels are compiled into the library (not: whether there is a GPU)."""
     return bool(build_record().get("cuda")) and LIBRARY.exists()

@@ -126,6 +126,20 @@ def gpu() -> dict[str, Any]:
     return {"available": True, "reason": "", "cuda": torch.version.cuda, "devices": devices}
 
 
+def kernels() -> dict[str, Any]:
+    """Registers, memory and occupancy of the CUDA kernels on each GPU, or why there are none."""
+    state = gpu()
+    if not _native.has_cuda():
+        return {"reason": _native.build_failure("cuda").reason, "gpus": []}
+    if not state["available"]:
+        return {"reason": state["reason"], "gpus": []}
+    gpus = [
+        {"name": found["name"], "kernels": _native.cuda_kernels(index)}
+        for index, found in enumerate(state["devices"])
+    ]
+    return {"reason": "", "gpus": gpus}
+
+
 def ops() -> dict[str, Any]:
     """By op and backend: forward and backward there, or why not."""
     import pkgutil
@@ -167,6 +181,8 @@ def as_text(facts: dict[str, Any]) -> str:
         ("GPU", _gpu_rows(facts["gpu"])),
         ("Backends by op", _op_rows(facts["ops"])),
     ]
+    if "kernels" in facts:
+        sections.append(("CUDA kernels", _kernel_rows(facts["kernels"])))
     if "calibration" in facts:
         rows = [(row["label"], row["text"]) for row in facts["calibration_rows"]]
         sections.append(("Measured peaks", rows))
@@ -260,6 +276,25 @@ def _op_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _kernel_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    if facts["reason"]:
+        return [("none", facts["reason"])]
+    rows = []
+    for index, found in enumerate(facts["gpus"]):
+        rows.append((f"cuda:{index}", found["name"]))
+        for kernel in found["kernels"]:
+            spills = f", {kernel['local_bytes']} bytes spilled" if kernel["local_bytes"] else ""
+            rows.append(
+                (
+                    f"  {kernel['kernel']}",
+                    f"{kernel['registers']} registers{spills}, {kernel['shared_bytes'] / 1024:.1f} "
+                    f"KiB shared, {kernel['threads']} threads, "
+                    f"{kernel['blocks_per_multiprocessor']} blocks a multiprocessor",
+                )
+            )
+    return rows
+
+
 # The command -----------------------------------------------------------------------------------
 
 
@@ -275,10 +310,13 @@ def _progress(done: int, of: int, name: str) -> None:
     "--format", "output", type=click.Choice(["text", "json"]), default="text", show_default=True
 )
 @click.option("--calibrate", is_flag=True, help="Also measure this machine's peaks (some seconds).")
+@click.option("--kernels", "with_kernels", is_flag=True, help="Also the CUDA kernels on each GPU.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
-def command(output: str, calibrate: bool, quiet: bool) -> None:
+def command(output: str, calibrate: bool, with_kernels: bool, quiet: bool) -> None:
     """Versions, native kernels and why not, instruction sets, caches, backends by op, GPU."""
     facts = collect()
+    if with_kernels:
+        facts["kernels"] = kernels()
     if calibrate:
         from patchgen_fast import calibration
 

@@ -84,6 +84,28 @@ def test_caches_grow_with_their_level():
     assert sizes == sorted(sizes) and all(size >= 4096 for size in sizes)
 
 
+def test_kernels_are_shown_with_their_spills_and_occupancy(monkeypatch):
+    shown = {"kernel": "attention<64>", "registers": 128, "local_bytes": 24, "shared_bytes": 49152}
+    shown |= {"threads": 256, "blocks_per_multiprocessor": 2}
+    monkeypatch.setattr(_native, "has_cuda", lambda: True)
+    monkeypatch.setattr(_native, "cuda_kernels", lambda index: [shown])
+    gpu = {"available": True, "reason": "", "devices": [{"name": "a GPU"}]}
+    monkeypatch.setattr(info, "gpu", lambda: gpu)
+    rows = dict(info._kernel_rows(info.kernels()))
+    assert rows["cuda:0"] == "a GPU"
+    assert rows["  attention<64>"] == (
+        "128 registers, 24 bytes spilled, 48.0 KiB shared, 256 threads, 2 blocks a multiprocessor"
+    )
+
+
+def test_kernels_without_cuda_say_why(monkeypatch):
+    monkeypatch.setattr(_native, "has_cuda", lambda: False)
+    failure = _native.Status(False, "no CUDA toolkit", "install it")
+    monkeypatch.setattr(_native, "build_failure", lambda part: failure)
+    assert info.kernels() == {"reason": "no CUDA toolkit", "gpus": []}
+    assert _native.cuda_kernels(0) == []
+
+
 # Overriding the instruction set -----------------------------------------------------------------
 
 
