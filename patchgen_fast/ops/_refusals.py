@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 
 from ..dispatch import Refusal
+from ..triton import interpreting
 
 NOT_ON_CPU = Refusal("device", "it needs tensors on the CPU", lambda a: a[0].device.type != "cpu")
 NOT_ON_CUDA = Refusal(
     "device", "it needs tensors on a CUDA device", lambda a: a[0].device.type != "cuda"
+)
+NOT_FOR_TRITON = Refusal(
+    "device",
+    "it needs tensors on a CUDA device (or on the CPU in a process with TRITON_INTERPRET=1)",
+    lambda a: a[0].device.type != ("cpu" if interpreting() else "cuda"),
 )
 
 
@@ -18,4 +24,13 @@ def float64_of(argument: str) -> Refusal:
         "float64",
         "float64 is done by the reference only",
         lambda a: getattr(a, argument).dtype == torch.float64,
+    )
+
+
+def features_above(most: int, argument: str) -> Refusal:
+    """A kernel that keeps a whole row in registers takes rows up to a size."""
+    return Refusal(
+        "features",
+        f"rows of more than {most} features are done by torch and reference only",
+        lambda a: getattr(a, argument).shape[-1] > most,
     )

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference, stock
+from .. import reference, stock, triton
 from ..registry import Op
 from ._checks import check_float, check_same_dtype, check_shape, check_tensors
-from ._refusals import NOT_ON_CPU, float64_of
+from ._refusals import NOT_FOR_TRITON, NOT_ON_CPU, features_above, float64_of
 
 
 class AddLayerNormArguments(NamedTuple):
@@ -106,8 +106,18 @@ OP = Op(
 
 FLOAT64 = float64_of("input")
 BACKWARD_FLOAT64 = float64_of("sum")
+WIDE_FOR_TRITON = features_above(16384, "input")
+BACKWARD_WIDE_FOR_TRITON = features_above(16384, "sum")
 OP.add_torch(stock.add_layer_norm, refuses=(FLOAT64,))
 OP.add_native("cpu", refuses=(NOT_ON_CPU, FLOAT64), refuses_backward=(NOT_ON_CPU, BACKWARD_FLOAT64))
+OP.add_kernels(
+    "triton",
+    "patchgen_fast.triton.add_layer_norm:add_layer_norm",
+    "patchgen_fast.triton.add_layer_norm:add_layer_norm_backward",
+    refuses=(NOT_FOR_TRITON, FLOAT64, WIDE_FOR_TRITON),
+    refuses_backward=(NOT_FOR_TRITON, BACKWARD_FLOAT64, BACKWARD_WIDE_FOR_TRITON),
+    unavailable=triton.unavailable_reason(),
+)
 
 
 def add_layer_norm(

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference, stock
+from .. import reference, stock, triton
 from ..dispatch import Refusal
 from ..registry import Op
+from ..triton import thresholds
 from ._checks import (
     autocast,
     check_float,
@@ -35,7 +36,7 @@ from ._checks import (
     describe,
     inner_contiguous,
 )
-from ._refusals import NOT_ON_CPU, float64_of
+from ._refusals import NOT_FOR_TRITON, NOT_ON_CPU, float64_of
 
 MAX_HEAD_DIM = 256
 
@@ -178,12 +179,21 @@ OP = Op(
     reference_backward=reference.attention_backward,
     flops=_flops,
     backward_flops=_backward_flops,
+    prefer=thresholds.attention,
 )
 OP.add_torch(stock.attention, refuses=(FLOAT64, WIDE_MASK_ON_CUDA))
 OP.add_native(
     "cpu",
     refuses=(NOT_ON_CPU, FLOAT64, HEAD_DIM, DROPOUT),
     refuses_backward=(NOT_ON_CPU, FLOAT64, HEAD_DIM),
+)
+OP.add_kernels(
+    "triton",
+    "patchgen_fast.triton.attention:attention",
+    "patchgen_fast.triton.attention_backward:attention_backward",
+    refuses=(NOT_FOR_TRITON, FLOAT64, HEAD_DIM, DROPOUT),
+    refuses_backward=(NOT_FOR_TRITON, FLOAT64, HEAD_DIM),
+    unavailable=triton.unavailable_reason(),
 )
 
 

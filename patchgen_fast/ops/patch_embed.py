@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference, stock
+from .. import reference, stock, triton
 from ..registry import Op
+from ..triton import thresholds
 from ._checks import (
     FLOATS,
     autocast,
@@ -33,7 +34,7 @@ from ._checks import (
     check_tensors,
     describe,
 )
-from ._refusals import NOT_ON_CPU, float64_of
+from ._refusals import NOT_FOR_TRITON, NOT_ON_CPU, float64_of
 
 
 class PatchEmbedArguments(NamedTuple):
@@ -131,10 +132,19 @@ OP = Op(
     reference_backward=reference.patch_embed_backward,
     flops=_flops,
     backward_flops=_backward_flops,
+    prefer=thresholds.patch_embed,
 )
 FLOAT64 = float64_of("weight")
 OP.add_torch(stock.patch_embed, refuses=(FLOAT64,))
 OP.add_native("cpu", refuses=(NOT_ON_CPU, FLOAT64), refuses_backward=(NOT_ON_CPU, FLOAT64))
+OP.add_kernels(
+    "triton",
+    "patchgen_fast.triton.patch_embed:patch_embed",
+    "patchgen_fast.triton.patch_embed:patch_embed_backward",
+    refuses=(NOT_FOR_TRITON, FLOAT64),
+    refuses_backward=(NOT_FOR_TRITON, FLOAT64),
+    unavailable=triton.unavailable_reason(),
+)
 
 
 @functools.lru_cache(maxsize=64)

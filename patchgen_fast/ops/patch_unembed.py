@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference, stock
+from .. import reference, stock, triton
 from ..registry import Op
+from ..triton import thresholds
 from ._checks import autocast, check_float, check_same_dtype, check_shape, check_tensors
-from ._refusals import NOT_ON_CPU, float64_of
+from ._refusals import NOT_FOR_TRITON, NOT_ON_CPU, float64_of
 
 
 class PatchUnembedArguments(NamedTuple):
@@ -88,6 +89,7 @@ OP = Op(
     reference_backward=reference.patch_unembed_backward,
     flops=_flops,
     backward_flops=_backward_flops,
+    prefer=thresholds.patch_unembed,
 )
 
 
@@ -103,6 +105,14 @@ OP.add_native(
     refuses=(NOT_ON_CPU, FLOAT64),
     refuses_backward=(NOT_ON_CPU, FLOAT64),
     forward=_cpu_forward,
+)
+OP.add_kernels(
+    "triton",
+    "patchgen_fast.triton.patch_unembed:patch_unembed",
+    "patchgen_fast.triton.patch_unembed:patch_unembed_backward",
+    refuses=(NOT_FOR_TRITON, FLOAT64),
+    refuses_backward=(NOT_FOR_TRITON, FLOAT64),
+    unavailable=triton.unavailable_reason(),
 )
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference, stock
+from .. import reference, stock, triton
 from ..registry import Op
 from ._checks import (
     check_float,
@@ -27,7 +27,7 @@ from ._checks import (
     describe,
     inner_contiguous,
 )
-from ._refusals import NOT_ON_CPU, float64_of
+from ._refusals import NOT_FOR_TRITON, NOT_ON_CPU, float64_of
 
 NORMS = (None, "rms", "layer")
 
@@ -144,6 +144,14 @@ OP = Op(
 FLOAT64 = float64_of("query")
 OP.add_torch(stock.qk_norm_rope, refuses=(FLOAT64,))
 OP.add_native("cpu", refuses=(NOT_ON_CPU, FLOAT64), refuses_backward=(NOT_ON_CPU, FLOAT64))
+OP.add_kernels(
+    "triton",
+    "patchgen_fast.triton.qk_norm_rope:qk_norm_rope",
+    "patchgen_fast.triton.qk_norm_rope:qk_norm_rope_backward",
+    refuses=(NOT_FOR_TRITON, FLOAT64),
+    refuses_backward=(NOT_FOR_TRITON, FLOAT64),
+    unavailable=triton.unavailable_reason(),
+)
 
 
 def _check(query: Tensor, key: Tensor, norm: str | None, weights: dict[str, Any]) -> None:

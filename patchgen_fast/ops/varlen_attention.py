@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference, stock
+from .. import reference, stock, triton
 from ..dispatch import Refusal
 from ..registry import Op
 from ._checks import (
@@ -29,7 +29,7 @@ from ._checks import (
     describe,
     inner_contiguous,
 )
-from ._refusals import NOT_ON_CPU, float64_of
+from ._refusals import NOT_FOR_TRITON, NOT_ON_CPU, float64_of
 from .attention import HEAD_DIM
 
 
@@ -150,6 +150,14 @@ OP.add_native(
     refuses_backward=(NOT_ON_CPU, FLOAT64, HEAD_DIM),
     forward=_cpu_forward,
     backward=_cpu_backward,
+)
+OP.add_kernels(
+    "triton",
+    "patchgen_fast.triton.varlen_attention:varlen_attention",
+    "patchgen_fast.triton.varlen_attention:varlen_attention_backward",
+    refuses=(NOT_FOR_TRITON, FLOAT64, HEAD_DIM),
+    refuses_backward=(NOT_FOR_TRITON, FLOAT64, HEAD_DIM),
+    unavailable=triton.unavailable_reason(),
 )
 
 
