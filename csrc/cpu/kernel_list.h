@@ -30,9 +30,9 @@
   KERNEL(outer_run, void(const OuterProduct&, int64_t first, const GemmPlan&, int64_t task, void* scratch)) \
   KERNEL(column_sums, void(const ColumnSums&, int64_t task)) \
   KERNEL(add_layer_norm_scratch, size_t(int64_t width)) \
-  KERNEL(add_layer_norm_forward, void(const AddLayerNorm&, int64_t task, void* scratch)) \
+  KERNEL(add_layer_norm_forward, void(const AddLayerNorm&, int64_t task)) \
   KERNEL(add_layer_norm_backward, void(const AddLayerNormBackward&, int64_t task, void* scratch)) \
   KERNEL(qk_norm_rope_scratch, size_t(int64_t width)) \
-  KERNEL(qk_norm_rope_forward, void(const QkNormRope&, int64_t task, void* scratch)) \
+  KERNEL(qk_norm_rope_forward, void(const QkNormRope&, int64_t task)) \
   KERNEL(qk_norm_rope_backward, void(const QkNormRope&, int64_t task, void* scratch))
 // clang-format on

@@ -3,10 +3,11 @@
 //     sum = input + residual, rounded to its dtype
 //     normalised = (sum - mean(sum)) * rstd * weight + bias,  rstd = 1 / sqrt(var(sum) + eps)
 //
-// One task owns kNormRows rows. A row (3 to 16 KiB) stays in L1 as floats between its three walks:
-// add and sum, squares around the mean, normalise; memory sees each tensor once. The variance is
-// taken around the mean, not as a difference of squares, which cancels. Gradients of weight and
-// bias are summed per task and then over the tasks in order, so they do not depend on the threads.
+// One task owns kNormRows rows. A row (1.5 to 16 KiB) stays in L1 between its walks (add, mean,
+// squares around the mean, normalise), so memory sees each tensor once. The variance is taken
+// around the mean, not as a difference of squares, which cancels. The gradients of weight and bias
+// are sums over kSummedRows rows in registers, then over the task and over all tasks, compensated
+// and in order: they do not depend on the threads.
 #pragma once
 
 #include "gemm_sums_kernel.h"
@@ -24,45 +25,58 @@ struct RowStatistics {
   float mean, rstd;
 };
 
-// Of the `width` floats at `row`, which is padded with zeros.
-PATCHGEN_FAST_INLINE RowStatistics row_statistics(const float* row, int64_t width, float eps) {
-  Vec sum{};
-  for (int64_t i = 0; i < width; i += kLanes) {
-    sum += load(row + i);
+// Two vectors of sums, so that one addition does not wait for the last.
+template <class Term>
+PATCHGEN_FAST_INLINE float sum_over_row(int64_t width, const Term& term) {
+  Vec even{}, odd{};
+  int64_t i = 0;
+  for (; i + kLanes < width; i += 2 * kLanes) {
+    even += term(i, kLanes);
+    odd += term(i + kLanes, width - i - kLanes);
   }
-  const float mean = sum_lanes(sum) / static_cast<float>(width);
-  Vec squares{};
-  for (int64_t i = 0; i < width; i += kLanes) {
-    const Vec centred = load_up_to(row + i, width - i) - mean;
-    // lanes beyond the row hold -mean: they must not count
-    const Vec kept = width - i >= kLanes
-                         ? centred
-                         : select(iota() < static_cast<int32_t>(width - i), centred, Vec{});
-    squares = fma(kept, kept, squares);
+  if (i < width) {
+    even += term(i, width - i);
   }
-  const float variance = sum_lanes(squares) / static_cast<float>(width);
-  return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
+  return sum_lanes(even + odd);
+}
+
+// Of the `width` elements at `row`; `centred`: around their mean.
+template <class T>
+PATCHGEN_FAST_INLINE RowStatistics row_statistics(const T* row, int64_t width, float eps,
+                                                  bool centred = true) {
+  const float inverse = 1.0f / static_cast<float>(width);
+  float mean = 0.0f;
+  if (centred) {
+    mean = inverse *
+           sum_over_row(width, [&](int64_t i, int64_t left) { return load_up_to(row + i, left); });
+  }
+  const float squares = sum_over_row(width, [&](int64_t i, int64_t left) {
+    Vec x = load_up_to(row + i, left) - mean;
+    if (left < kLanes) {  // lanes beyond the row hold -mean: they must not count
+      x = select(iota() < static_cast<int32_t>(left), x, Vec{});
+    }
+    return x * x;
+  });
+  return {mean, 1.0f / __builtin_sqrtf(squares * inverse + eps)};
 }
 
 template <class T>
-static void add_and_normalise(const AddLayerNorm& n, int64_t row, float* buffer) {
+static void add_and_normalise(const AddLayerNorm& n, int64_t row) {
   const int64_t offset = row * n.width;
   const T* input = static_cast<const T*>(n.input) + offset;
   const T* residual = static_cast<const T*>(n.residual) + offset;
   T* sum = static_cast<T*>(n.sum) + offset;
   for (int64_t i = 0; i < n.width; i += kLanes) {
     const int64_t left = n.width - i;
-    const Vec added = load_up_to(input + i, left) + load_up_to(residual + i, left);
-    store_up_to(sum + i, added, left);
-    store(buffer + i, load_up_to(sum + i, left));
+    store_up_to(sum + i, load_up_to(input + i, left) + load_up_to(residual + i, left), left);
   }
-  const RowStatistics statistics = row_statistics(buffer, n.width, n.eps);
+  const RowStatistics statistics = row_statistics(sum, n.width, n.eps);
   n.mean[row] = statistics.mean;
   n.rstd[row] = statistics.rstd;
   T* to = static_cast<T*>(n.normalised) + offset;
   for (int64_t i = 0; i < n.width; i += kLanes) {
     const int64_t left = n.width - i;
-    Vec x = (load(buffer + i) - statistics.mean) * statistics.rstd;
+    Vec x = (load_up_to(sum + i, left) - statistics.mean) * statistics.rstd;
     if (n.weight != nullptr) {
       x *= load_up_to(n.weight + i, left);
     }
@@ -73,37 +87,51 @@ static void add_and_normalise(const AddLayerNorm& n, int64_t row, float* buffer)
   }
 }
 
-// grad_total = (g - mean(g) - normed * mean(g * normed)) * rstd + grad_sum, g = grad * weight.
-// `scaled` and `normed` are rows of floats in L1; so are the sums, each followed by what it has
-// lost.
+// -- backward -------------------------------------------------------------------------------------
+
+constexpr int64_t kSummedRows = 8;
+
+// One row of the backward's inputs.
 template <class T>
-static void differentiate_row(const AddLayerNormBackward& n, int64_t row, float* scaled,
-                              float* normed, float* grad_weight, float* grad_bias) {
-  const int64_t offset = row * n.width;
-  const T* grad = static_cast<const T*>(n.grad_normalised) + offset;
-  const T* sum = static_cast<const T*>(n.sum) + offset;
-  const float rstd = n.rstd[row];
-  Vec sum_scaled{}, sum_product{};
-  for (int64_t i = 0; i < n.width; i += kLanes) {
-    const int64_t left = n.width - i;
-    const Vec g = load_up_to(grad + i, left);
-    const Vec x = (load_up_to(sum + i, left) - n.mean[row]) * rstd;
-    add_compensated(grad_weight + i, padded_width(n.width), g * x);
-    add_compensated(grad_bias + i, padded_width(n.width), g);
-    const Vec s = n.weight != nullptr ? g * load_up_to(n.weight + i, left) : g;
-    store(scaled + i, s);
-    store(normed + i, x);
-    sum_scaled += s;
-    sum_product = fma(s, x, sum_product);
+struct NormRow {
+  const T* grad;
+  const T* sum;
+  const float* weight;
+  float mean, rstd;
+
+  NormRow(const AddLayerNormBackward& n, int64_t row)
+      : grad(static_cast<const T*>(n.grad_normalised) + row * n.width),
+        sum(static_cast<const T*>(n.sum) + row * n.width),
+        weight(n.weight),
+        mean(n.mean[row]),
+        rstd(n.rstd[row]) {}
+
+  PATCHGEN_FAST_INLINE_MEMBER Vec normed(int64_t i, int64_t left) const {
+    return (load_up_to(sum + i, left) - mean) * rstd;
   }
+  // the gradient of normed
+  PATCHGEN_FAST_INLINE_MEMBER Vec scaled(int64_t i, int64_t left) const {
+    const Vec g = load_up_to(grad + i, left);
+    return weight != nullptr ? g * load_up_to(weight + i, left) : g;
+  }
+};
+
+// grad_total = (s - mean(s) - normed * mean(s * normed)) * rstd + grad_sum, s = grad * weight.
+template <class T>
+static void differentiate_row(const AddLayerNormBackward& n, int64_t row) {
+  const NormRow<T> r(n, row);
   const float inverse = 1.0f / static_cast<float>(n.width);
-  const float mean_scaled = sum_lanes(sum_scaled) * inverse;
-  const float mean_product = sum_lanes(sum_product) * inverse;
+  const float mean =
+      inverse * sum_over_row(n.width, [&](int64_t i, int64_t left) { return r.scaled(i, left); });
+  const float product = inverse * sum_over_row(n.width, [&](int64_t i, int64_t left) {
+                          return r.scaled(i, left) * r.normed(i, left);
+                        });
+  const int64_t offset = row * n.width;
   T* to = static_cast<T*>(n.grad_total) + offset;
   const T* grad_sum = n.grad_sum == nullptr ? nullptr : static_cast<const T*>(n.grad_sum) + offset;
   for (int64_t i = 0; i < n.width; i += kLanes) {
     const int64_t left = n.width - i;
-    Vec x = (load(scaled + i) - mean_scaled - load(normed + i) * mean_product) * rstd;
+    Vec x = (r.scaled(i, left) - mean - r.normed(i, left) * product) * r.rstd;
     if (grad_sum != nullptr) {
       x += load_up_to(grad_sum + i, left);
     }
@@ -111,36 +139,57 @@ static void differentiate_row(const AddLayerNormBackward& n, int64_t row, float*
   }
 }
 
-// -- the kernel table's entries -------------------------------------------------------------------
-
-static size_t add_layer_norm_scratch(int64_t width) {
-  return static_cast<size_t>(6 * padded_width(width)) * sizeof(float);
+// Adds the rows [first, last) to the sums of the gradients of weight and bias; each is followed,
+// `pitch` floats on, by what it has lost.
+template <class T>
+static void add_parameter_gradients(const AddLayerNormBackward& n, int64_t first, int64_t last,
+                                    float* grad_weight, float* grad_bias, int64_t pitch) {
+  for (int64_t i = 0; i < n.width; i += kLanes) {
+    Vec weight_sum{}, bias_sum{};
+    for (int64_t row = first; row < last; ++row) {
+      const NormRow<T> r(n, row);
+      const Vec g = load_up_to(r.grad + i, n.width - i);
+      weight_sum = fma(g, r.normed(i, n.width - i), weight_sum);
+      bias_sum += g;
+    }
+    add_compensated(grad_weight + i, pitch, weight_sum);
+    add_compensated(grad_bias + i, pitch, bias_sum);
+  }
 }
 
+// -- the kernel table's entries -------------------------------------------------------------------
+
 // Rows [task * kNormRows, ...).
-static void add_layer_norm_forward(const AddLayerNorm& n, int64_t task, void* scratch) {
+static void add_layer_norm_forward(const AddLayerNorm& n, int64_t task) {
   const int64_t first = task * kNormRows;
   const int64_t last = smaller(n.rows, first + kNormRows);
   for_float_type(n.dtype, [&]<class T>(T) {
     for (int64_t row = first; row < last; ++row) {
-      add_and_normalise<T>(n, row, static_cast<float*>(scratch));
+      add_and_normalise<T>(n, row);
     }
   });
+}
+
+static size_t add_layer_norm_scratch(int64_t width) {
+  return static_cast<size_t>(4 * padded_width(width)) * sizeof(float);
 }
 
 static void add_layer_norm_backward(const AddLayerNormBackward& n, int64_t task, void* scratch) {
   const int64_t first = task * kNormRows;
   const int64_t last = smaller(n.rows, first + kNormRows);
   const int64_t pitch = padded_width(n.width);
-  float* buffers = static_cast<float*>(scratch);
-  float* grad_weight = buffers + 2 * pitch;
-  float* grad_bias = buffers + 4 * pitch;
+  float* grad_weight = static_cast<float*>(scratch);
+  float* grad_bias = grad_weight + 2 * pitch;
   for (int64_t i = 0; i < 4 * pitch; i += kLanes) {
     store(grad_weight + i, Vec{});
   }
   for_float_type(n.dtype, [&]<class T>(T) {
-    for (int64_t row = first; row < last; ++row) {
-      differentiate_row<T>(n, row, buffers, buffers + pitch, grad_weight, grad_bias);
+    for (int64_t row = first; row < last; row += kSummedRows) {
+      const int64_t end = smaller(last, row + kSummedRows);
+      for (int64_t r = row; r < end; ++r) {
+        differentiate_row<T>(n, r);
+      }
+      add_parameter_gradients<T>(n, row, end, grad_weight, grad_bias, pitch);
     }
   });
   const size_t bytes = static_cast<size_t>(n.width) * sizeof(float);

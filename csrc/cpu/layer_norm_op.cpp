@@ -40,9 +40,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(Tensor input, Tensor r
   n.mean = static_cast<float*>(mean.mutable_data_ptr());
   n.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   const KernelTable& table = kernels();
-  for_each_task(
-      torch_parallel(), norm_tasks(n.rows), table.add_layer_norm_scratch(n.width),
-      [&](int64_t task, void* scratch) { table.add_layer_norm_forward(n, task, scratch); });
+  for_each_task(torch_parallel(), norm_tasks(n.rows), 0,
+                [&](int64_t task, void*) { table.add_layer_norm_forward(n, task); });
   return {normalised, sum, mean, rstd};
 }
 

@@ -105,10 +105,8 @@ std::tuple<Tensor, Tensor> qk_norm_rope(Tensor query, Tensor key, OptionalTensor
   a.q.tensors[0].out = out_query.mutable_data_ptr();
   a.q.tensors[1].out = out_key.mutable_data_ptr();
   const KernelTable& table = kernels();
-  for_each_task(torch_parallel(), a.q.batch * blocks_of(a.q.tokens, kRopeTokens),
-                table.qk_norm_rope_scratch(a.q.width), [&](int64_t task, void* scratch) {
-                  table.qk_norm_rope_forward(a.q, task, scratch);
-                });
+  for_each_task(torch_parallel(), a.q.batch * blocks_of(a.q.tokens, kRopeTokens), 0,
+                [&](int64_t task, void*) { table.qk_norm_rope_forward(a.q, task); });
   return {out_query, out_key};
 }
 
