@@ -51,7 +51,7 @@ def zeros_tile(ROWS: tl.constexpr, CHUNKS: tl.constexpr):
     """A float32 tile of zeros, [ROWS, width] for each chunk."""
     tile = ()
     for i in tl.static_range(len(CHUNKS)):
-        tile = tile + (_zeros(ROWS, CHUNKS[i][1]),)
+        tile = tile + (_zeros(ROWS, CHUNKS[i][1]),)  # type: ignore[assignment]
     return tile
 
 
@@ -79,7 +79,7 @@ def load_tile(base, offsets, keep, D: tl.constexpr, CHUNKS: tl.constexpr, CHECK_
                 part = tl.load(pointers, mask=keep[:, None], other=0.0)
             else:
                 part = tl.load(pointers)
-        tile = tile + (part,)
+        tile = tile + (part,)  # type: ignore[assignment]
     return tile
 
 
@@ -100,7 +100,7 @@ def scale_tile(tile, factor):
     """Multiplies each row of a tile by `factor` [ROWS]."""
     scaled = ()
     for i in tl.static_range(len(tile)):
-        scaled = scaled + (tile[i] * factor[:, None],)
+        scaled = scaled + (tile[i] * factor[:, None],)  # type: ignore[assignment]
     return scaled
 
 
@@ -118,5 +118,5 @@ def add_dot(accumulator, weights, b, PRECISION: tl.constexpr):
     """accumulator [M, D] + weights [M, N] times b [N, D]."""
     total = ()
     for i in tl.static_range(len(b)):
-        total = total + (tl.dot(weights, b[i], accumulator[i], input_precision=PRECISION),)
+        total = total + (tl.dot(weights, b[i], accumulator[i], input_precision=PRECISION),)  # type: ignore[assignment]
     return total
