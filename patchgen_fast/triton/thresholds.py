@@ -17,11 +17,14 @@ def _on_gpu(args: Any) -> bool:
 
 
 def attention(args: Any) -> str | None:
-    """torch, if scaled_dot_product_attention takes the call as it is."""
+    """torch, if scaled_dot_product_attention takes the call as it is.
+
+    The backward, which asks too, goes with its forward: only a forward's arguments have return_lse.
+    """
     plain = (
-        args.kv_lengths is None
+        not getattr(args, "return_lse", True)
+        and args.kv_lengths is None
         and args.query_offset is None
-        and not args.return_lse
         and args.query.shape[1] == args.key.shape[1]
     )
     return "torch" if _on_gpu(args) and plain else None
