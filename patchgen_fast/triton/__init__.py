@@ -16,7 +16,7 @@ def unavailable_reason() -> str | None:
         return "triton is not installed; torch's CUDA builds bring it, or pip install triton"
     if not interpreting() and os.environ.get("PATCHGEN_FAST_TRITON") != "1":
         # No GPU has run them, and their suites are not green yet: nobody gets them unasked.
-        return "the Triton kernels are not proved yet; PATCHGEN_FAST_TRITON=1 takes them as they are"
+        return "the Triton kernels are not proved yet; PATCHGEN_FAST_TRITON=1 takes them"
     return None
 
 
