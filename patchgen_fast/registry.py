@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _native, dispatch
@@ -61,6 +62,12 @@ def _always(args: Any) -> bool:
     return True
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x; False for devices that have none, as meta."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def counted(call: str, implementation: Callable) -> Callable:
     """``implementation``, counted at every run and shielded from autocast, which has had its say
     already.
@@ -68,9 +75,8 @@ def counted(call: str, implementation: Callable) -> Callable:
 
     def run(*args: Any) -> Any:
         dispatch.count(call)
-        device = args[0].device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
+        if autocasts(args[0]):
+            with torch.autocast(args[0].device.type, enabled=False):
                 return implementation(*args)
         return implementation(*args)
 
@@ -260,9 +266,8 @@ class Op:
         if name in self.compositions:
             if not torch.compiler.is_compiling():
                 dispatch.count(f"{self.name}.{name}")
-            device = args[0].device.type
-            if torch.is_autocast_enabled(device):
-                with torch.autocast(device, enabled=False):
+            if autocasts(args[0]):
+                with torch.autocast(args[0].device.type, enabled=False):
                     return self.compositions[name](*args)
             return self.compositions[name](*args)
         return self.overloads[name](*args[: self.arity])

@@ -148,7 +148,9 @@ def patch_embed(
     mean: Tensor | None,
     std: Tensor | None,
 ) -> Tensor:
-    """Unfold and ``F.linear``, which beat the convolution on every device that was measured."""
+    """Unfold and ``F.linear``: the fastest stock form of bfloat16 on the CPUs measured so far, and
+    about as fast as the convolution in float32.
+    """
     pixels = reference.normalised_pixels(images, weight, mean, std, torch.float32)
     tokens = F.linear(reference.cut(pixels, weight.shape[2:]), weight.flatten(1), bias)
     if pos_embed is not None:

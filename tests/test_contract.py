@@ -18,6 +18,7 @@ from cases.every_op import DTYPES, SAMPLES, Sample, leaves_of
 from oracle import DTYPE_NAMES, Evaluation, Target, proving, require
 from torch import Tensor
 
+from patchgen_fast import attention, patch_embed
 from patchgen_fast.dispatch import BackendRefused
 from patchgen_fast.registry import KERNEL_BACKENDS, OPS
 
@@ -256,3 +257,11 @@ def test_set_num_threads_is_obeyed() -> None:
     with_one, with_three = map(int, found.split())
     assert with_one == 0
     assert with_three > 0
+
+
+def test_meta_tensors_have_shapes_and_no_autocast():
+    query = torch.empty(2, 3, 5, 8, device="meta")
+    assert attention(query, query, query).shape == query.shape
+    weight = torch.empty(6, 3, 4, 4, device="meta")
+    tokens = patch_embed(torch.empty(2, 3, 8, 8, device="meta"), weight)
+    assert tokens.shape == (2, 4, 6) and tokens.device.type == "meta"

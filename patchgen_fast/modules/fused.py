@@ -20,6 +20,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..ops.add_layer_norm import add_layer_norm
 from ..ops.linear import linear
 from ..ops.qk_norm_rope import qk_norm_rope
+from ..registry import autocasts
 
 if TYPE_CHECKING:
     from .state import FastLayer
@@ -166,15 +167,9 @@ def project(
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a product with x comes out: autocast's, or that of x."""
-    if autocasting(x) and x.dtype != torch.float64:
+    if autocasts(x) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
-
-
-def autocasting(x: Tensor) -> bool:
-    """Whether autocast is on for the device of x; some, as meta, know no autocast."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def split_heads(packed: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
@@ -263,7 +258,7 @@ def add_then_norm(
     owner: FastLayer, residual: Tensor, branch: Tensor, norm: Any
 ) -> tuple[Tensor, Tensor]:
     """`(residual + branch, norm(residual + branch))`, in one op where the norm may be read."""
-    if autocasting(branch) or residual.dtype != branch.dtype or not plain_layer_norm(norm):
+    if autocasts(branch) or residual.dtype != branch.dtype or not plain_layer_norm(norm):
         total = residual + branch
         return total, norm(total)
     normalised, total = add_layer_norm(

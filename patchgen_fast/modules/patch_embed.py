@@ -15,7 +15,8 @@ from ..models.patches import Size2d, pair
 from ..models.pixels import PixelStatistics
 from ..ops.patch_embed import patch_embed
 from ..ops.patch_unembed import patch_unembed
-from .fused import autocasting, inactive, plain_patch_conv
+from ..registry import autocasts
+from .fused import inactive, plain_patch_conv
 from .state import FastLayer, LayerState
 
 FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
@@ -56,7 +57,7 @@ class FusedPatchEmbed(FastLayer):
             self._count_fallback("proj_called")
             return self.proj(x).flatten(2).transpose(1, 2)
         weight: Tensor = self.proj.weight
-        if x.dtype != weight.dtype and not autocasting(x):
+        if x.dtype != weight.dtype and not autocasts(x):
             # The op would convert and so hide a mistake that a convolution reports.
             raise TypeError(
                 f"expected images in the weight's dtype {weight.dtype}, got {x.dtype}; "

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..registry import autocasts
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -82,7 +84,7 @@ def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast would hand them to a matrix product: float32 and half types in its
     dtype.
     """
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not autocasts(first):
         return (first, *others)  # What is no tensor is refused by the checks that follow.
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(
