@@ -51,8 +51,9 @@ struct AttentionBackward : AttentionInputs {
   void* grad_query;       // [batch, queries, heads, dim], contiguous
   void* grad_key;         // [batch, keys, kv_heads, dim], contiguous
   void* grad_value;       // likewise
-  void* grad_mask;        // as the mask, with its strides; null: not asked for
+  void* grad_mask;        // contiguous, in the mask's dtype and sizes; null: not asked for
   int64_t mask_batch, mask_heads, mask_queries, mask_keys;  // sizes of the mask, 1 where broadcast
+  float* statistics;  // work space of the plan's size: two sums of each row; null if that is 0
 };
 
 // How a kernel's work is cut into tasks; made by the kernel's own instruction set.
@@ -61,6 +62,7 @@ struct AttentionPlan {
   int64_t chunk;         // blocks of query rows in one task
   int64_t chunks;        // tasks of one (batch, key-value head)
   size_t scratch_bytes;  // of each running thread
+  int64_t workspace;     // floats that all tasks share
 };
 
 }  // namespace patchgen_fast

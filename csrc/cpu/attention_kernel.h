@@ -267,8 +267,6 @@ AttentionPlan forward_plan(const AttentionForward& problem, int64_t threads) {
   return plan;
 }
 
-using Bf16Math = std::conditional_t<kHasBf16Dot, PairMath, FloatMath>;
-
 AttentionPlan attention_plan(const AttentionForward& problem, int64_t threads) {
   return problem.dtype == Dtype::bfloat16 ? forward_plan<Bf16Math>(problem, threads)
                                           : forward_plan<FloatMath>(problem, threads);

@@ -26,10 +26,32 @@ AttentionMask mask_of(const OptionalTensor& mask) {
           mask_stride(*mask, 1),  mask_stride(*mask, 2), mask_stride(*mask, 3)};
 }
 
-// Shape [batch, heads, tokens, dim] over memory [batch, tokens, heads, dim].
-Tensor empty_rows(int64_t batch, int64_t heads, int64_t tokens, int64_t dim, ScalarType dtype) {
-  const Tensor memory = torch::stable::empty({batch, tokens, heads, dim}, dtype);
+// Shape [batch, heads, tokens, dim] as `like`, over memory [batch, tokens, heads, dim].
+Tensor empty_rows(const Tensor& like) {
+  const Tensor memory = torch::stable::empty(
+      {like.size(0), like.size(2), like.size(1), like.size(3)}, like.scalar_type());
   return torch::stable::transpose(memory, 1, 2);
+}
+
+void read_inputs(AttentionInputs& inputs, const Tensor& query, const Tensor& key,
+                 const Tensor& value, const OptionalTensor& attn_mask,
+                 const OptionalTensor& kv_lengths, const OptionalTensor& query_offset,
+                 bool is_causal, double scale) {
+  inputs.dtype = dtype_of(query);
+  inputs.batch = query.size(0);
+  inputs.heads = query.size(1);
+  inputs.kv_heads = key.size(1);
+  inputs.queries = query.size(2);
+  inputs.keys = key.size(2);
+  inputs.dim = query.size(3);
+  inputs.query = operand(query);
+  inputs.key = operand(key);
+  inputs.value = operand(value);
+  inputs.mask = mask_of(attn_mask);
+  inputs.kv_lengths = data_or_null<int32_t>(kv_lengths);
+  inputs.query_offset = data_or_null<int32_t>(query_offset);
+  inputs.is_causal = is_causal;
+  inputs.scale = static_cast<float>(scale);
 }
 
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value,
@@ -37,27 +59,11 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value,
                                      OptionalTensor query_offset, bool is_causal, double scale) {
   static CallCounter calls("attention.cpu");
   calls.add();
-  const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
-  const int64_t dim = query.size(3);
-  Tensor out = empty_rows(batch, heads, queries, dim, query.scalar_type());
-  Tensor lse = torch::stable::empty({batch, heads, queries}, ScalarType::Float);
-
   AttentionForward problem{};
-  problem.dtype = dtype_of(query);
-  problem.batch = batch;
-  problem.heads = heads;
-  problem.kv_heads = key.size(1);
-  problem.queries = queries;
-  problem.keys = key.size(2);
-  problem.dim = dim;
-  problem.query = operand(query);
-  problem.key = operand(key);
-  problem.value = operand(value);
-  problem.mask = mask_of(attn_mask);
-  problem.kv_lengths = data_or_null<int32_t>(kv_lengths);
-  problem.query_offset = data_or_null<int32_t>(query_offset);
-  problem.is_causal = is_causal;
-  problem.scale = static_cast<float>(scale);
+  read_inputs(problem, query, key, value, attn_mask, kv_lengths, query_offset, is_causal, scale);
+  Tensor out = empty_rows(query);
+  Tensor lse =
+      torch::stable::empty({problem.batch, problem.heads, problem.queries}, ScalarType::Float);
   problem.out = out.mutable_data_ptr();
   problem.lse = static_cast<float*>(lse.mutable_data_ptr());
 
@@ -69,9 +75,75 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value,
   return {out, lse};
 }
 
+// Kernels read rows: a gradient that is a broadcast of few numbers becomes a plain tensor first.
+Tensor with_dense_rows(const Tensor& tensor) {
+  return tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor new_mask_gradient(AttentionBackward& problem, const OptionalTensor& mask, bool wanted,
+                         ScalarType otherwise) {
+  if (!wanted) {
+    return torch::stable::empty({0}, otherwise);
+  }
+  Tensor grad = torch::stable::empty({mask->size(0), mask->size(1), mask->size(2), mask->size(3)},
+                                     mask->scalar_type());
+  problem.mask_batch = mask->size(0);
+  problem.mask_heads = mask->size(1);
+  problem.mask_queries = mask->size(2);
+  problem.mask_keys = mask->size(3);
+  problem.grad_mask = grad.mutable_data_ptr();
+  return grad;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out,
+    Tensor lse, OptionalTensor attn_mask, OptionalTensor kv_lengths, OptionalTensor query_offset,
+    bool is_causal, double scale, bool mask_grad) {
+  static CallCounter calls("attention_backward.cpu");
+  calls.add();
+  AttentionBackward problem{};
+  read_inputs(problem, query, key, value, attn_mask, kv_lengths, query_offset, is_causal, scale);
+  const Tensor dense_grad = with_dense_rows(grad_out), dense_out = with_dense_rows(out);
+  const Tensor dense_lse = torch::stable::contiguous(lse);
+  if (grad_lse.has_value()) {
+    grad_lse = torch::stable::contiguous(*grad_lse);
+  }
+  problem.grad_out = operand(dense_grad);
+  problem.out = operand(dense_out);
+  problem.lse = static_cast<const float*>(dense_lse.const_data_ptr());
+  problem.grad_lse = data_or_null<float>(grad_lse);
+
+  Tensor grad_query = empty_rows(query), grad_key = empty_rows(key), grad_value = empty_rows(value);
+  problem.grad_query = grad_query.mutable_data_ptr();
+  problem.grad_key = grad_key.mutable_data_ptr();
+  problem.grad_value = grad_value.mutable_data_ptr();
+  Tensor grad_mask = new_mask_gradient(problem, attn_mask, mask_grad, query.scalar_type());
+
+  const Parallel threads = torch_parallel();
+  const AttentionPlan plan = kernels().attention_backward_plan(problem);
+  const Tensor statistics = torch::stable::empty({plan.workspace}, ScalarType::Float);
+  problem.statistics =
+      plan.workspace == 0 ? nullptr : static_cast<float*>(statistics.mutable_data_ptr());
+  for_each_task(threads, plan.tasks, plan.scratch_bytes, [&](int64_t task, void* scratch) {
+    kernels().attention_backward(problem, task, scratch);
+  });
+  if (mask_grad) {
+    const AttentionPlan mask_plan = kernels().attention_mask_gradient_plan(problem);
+    if (mask_plan.tasks == 0) {
+      torch::stable::zero_(grad_mask);
+    }
+    for_each_task(threads, mask_plan.tasks, mask_plan.scratch_bytes,
+                  [&](int64_t task, void* scratch) {
+                    kernels().attention_mask_gradient(problem, task, scratch);
+                  });
+  }
+  return {grad_query, grad_key, grad_value, grad_mask};
+}
+
 }  // namespace
 }  // namespace patchgen_fast
 
 STABLE_TORCH_LIBRARY_IMPL(patchgen_fast, CPU, m) {
   m.impl("attention.cpu", TORCH_BOX(&patchgen_fast::attention));
+  m.impl("attention_backward.cpu", TORCH_BOX(&patchgen_fast::attention_backward));
 }

@@ -15,6 +15,10 @@
 #define PATCHGEN_FAST_KERNELS(KERNEL) \
   KERNEL(attention_plan, AttentionPlan(const AttentionForward&, int64_t threads)) \
   KERNEL(attention_forward, void(const AttentionForward&, const AttentionPlan&, int64_t task, void* scratch)) \
+  KERNEL(attention_backward_plan, AttentionPlan(const AttentionBackward&)) \
+  KERNEL(attention_backward, void(const AttentionBackward&, int64_t task, void* scratch)) \
+  KERNEL(attention_mask_gradient_plan, AttentionPlan(const AttentionBackward&)) \
+  KERNEL(attention_mask_gradient, void(const AttentionBackward&, int64_t task, void* scratch)) \
   KERNEL(patch_embed_plan, GemmPlan(const PatchEmbedForward&, int64_t threads)) \
   KERNEL(patch_embed_pack, void(const PatchEmbedForward&, const GemmPlan&, int64_t task, void* scratch)) \
   KERNEL(patch_embed_forward, void(const PatchEmbedForward&, const GemmPlan&, int64_t task, void* scratch)) \

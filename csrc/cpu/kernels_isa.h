@@ -5,7 +5,9 @@
 // of a standard header, say) could be the copy that the linker keeps for the whole library, and
 // would stop an older CPU with SIGILL; the build checks with nm that there is none. Hence: no
 // std:: containers, no exceptions, no allocation in kernels.
+#include "attention_backward_kernel.h"
 #include "attention_kernel.h"
+#include "attention_mask_gradient_kernel.h"
 #include "gemm_outer_kernel.h"
 #include "gemm_sums_kernel.h"
 #include "kernels.h"

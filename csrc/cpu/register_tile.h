@@ -13,6 +13,8 @@
 // cache. A tile with fewer rows or vectors exists for each remainder, so no product is wasted.
 #pragma once
 
+#include <type_traits>
+
 #include "integers.h"
 #include "simd.h"
 
@@ -31,9 +33,16 @@ struct PairMath {
   }
 };
 
+// How bf16 operands are multiplied.
+using Bf16Math = std::conditional_t<kHasBf16Dot, PairMath, FloatMath>;
+
 // Steps summed in one run where float32 accuracy is at stake: at 64 steps, two runs instead of one
 // take 1 % longer and a third off the error.
 constexpr int64_t kRun = 32;
+// With few rows the products wait for memory anyway, and what they are measured against (a
+// matrix-vector product) sums lane by lane.
+constexpr int64_t kFewRows = 4;
+constexpr int64_t kShortRun = 8;
 constexpr int kMaxVectors = kRegisters == 32 ? 5 : 3;
 
 constexpr int max_rows(int vectors) {
@@ -135,7 +144,8 @@ void multiply(Units a, int64_t rows, const float* b, int64_t b_step, int64_t vec
 template <class Math>
 void multiply_in_runs(Units a, int64_t rows, const float* b, int64_t b_step, int64_t vectors,
                       int64_t steps, float* c, int64_t c_row) {
-  const int64_t run = divide_up(steps, larger(1, divide_up(steps, kRun)));
+  const int64_t longest = rows <= kFewRows ? kShortRun : kRun;
+  const int64_t run = divide_up(steps, larger(1, divide_up(steps, longest)));
   for (int64_t step = 0; step < steps; step += run) {
     multiply<Math>(a.at(0, step), rows, b + step * b_step, b_step, vectors,
                    smaller(run, steps - step), c, c_row, step > 0);
