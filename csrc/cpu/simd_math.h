@@ -32,8 +32,9 @@ PATCHGEN_FAST_INLINE Vec exp2_scaled(Vec x, Vec factor) {
   const Vec shifter = broadcast(0x1.8p23f);
   const Vec shifted = max(broadcast(-127.0f), product) + shifter;
   const Vec p = exp2_fraction(fma(x, factor, shifter - shifted));
-  const VecInt power = bit_cast<VecInt>(p) + (bit_cast<VecInt>(shifted) << 23);
-  return bit_cast<Vec>(power & ~(product <= broadcast(-127.0f)));
+  // Unsigned: what the mask takes off, a hidden score's -inf, may wrap around.
+  const VecUint power = bit_cast<VecUint>(p) + (bit_cast<VecUint>(shifted) << 23);
+  return bit_cast<Vec>(power & ~bit_cast<VecUint>(product <= broadcast(-127.0f)));
 #endif
 }
 
