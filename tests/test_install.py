@@ -71,7 +71,7 @@ def test_the_wheel_names_licence_dependencies_and_command(wheel):
     assert facts["Requires-Python"] == ">=3.10"
     needed = [line for line in facts.get_all("Requires-Dist") if "extra ==" not in line]
     assert [line.partition(">")[0] for line in needed] == ["torch", "click"]
-    assert {"bench", "test", "dev"} <= set(facts.get_all("Provides-Extra"))
+    assert {"bench", "report", "peers", "test", "dev"} <= set(facts.get_all("Provides-Extra"))
     (path,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     assert b"patchgen-fast = patchgen_fast.cli:main" in wheel.read(path)
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
