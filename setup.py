@@ -63,7 +63,7 @@ ISA_FLAGS: dict[str, list[str]] = {
     "baseline": KERNEL_FLAGS,
     "avx2": [*KERNEL_FLAGS, "-mavx2", "-mfma", "-mf16c"],
     "avx512": [*KERNEL_FLAGS, *AVX512],
-    "avx512_bf16": [*KERNEL_FLAGS, *AVX512, "-mavx512bf16"],
+    "avx512_bf16": [*KERNEL_FLAGS, *AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 
 

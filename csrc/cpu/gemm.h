@@ -22,6 +22,7 @@ struct GemmPlan {
   int64_t panels_per_task;
   int64_t column_tasks;
   int64_t tasks;
+  bool limbs;           // W as bytes in limbs: patch_embed_limbs_kernel.h
   bool rows_outermost;  // all of W stays in the L2 cache: finish a row before the next
   int64_t pack_tasks;
   size_t packed_bytes;  // of W, and after it the bias as floats

@@ -32,10 +32,20 @@ struct PairOperand : PairMath {
   static constexpr int64_t kRun = 1024;
 };
 
+// Bytes, four to a group; multiplied by patch_embed_limbs_kernel.h.
+struct ByteOperand {
+  using Element = uint8_t;
+  static constexpr int kGroup = 4;
+};
+
 // What a tensor of `Element` is multiplied as: pairs only where they are native.
 template <class Element>
 struct OperandFor {
   using type = FloatOperand;
+};
+template <>
+struct OperandFor<uint8_t> {
+  using type = ByteOperand;
 };
 #if defined(__AVX512BF16__)
 template <>

@@ -73,10 +73,13 @@ class LineReader {
       }
       line = strided_;
     }
-    if (kIsByte || mean_ != nullptr || std_ != nullptr) {
+    if constexpr (std::is_same_v<Element, uint8_t>) {
+      return line;  // bytes stay bytes: the weights are normalised instead
+    } else if (kIsByte || mean_ != nullptr || std_ != nullptr) {
       return grid_.interleaved ? normalise_interleaved(line, count) : normalise(line, c, count);
+    } else {
+      return convert(line, count);
     }
-    return convert(line, count);
   }
 
  private:
@@ -137,23 +140,28 @@ PATCHGEN_FAST_INLINE void deal_runs(char* to, int64_t stride, const char* line, 
   }
 }
 
-// Any length from 16 bytes on: whole 16-byte pieces, the last one overlapping its neighbour.
-PATCHGEN_FAST_INLINE void deal_long_runs(char* to, int64_t stride, const char* line,
-                                         int64_t patches, int64_t bytes) {
+// Any length from `Piece` on: whole pieces, the last one overlapping its neighbour.
+template <int64_t Piece>
+PATCHGEN_FAST_INLINE void deal_pieces(char* to, int64_t stride, const char* line, int64_t patches,
+                                      int64_t bytes) {
   for (int64_t p = 0; p < patches; ++p) {
-    for (int64_t i = 0; i + 16 < bytes; i += 16) {
-      __builtin_memcpy(to + p * stride + i, line + p * bytes + i, 16);
+    for (int64_t i = 0; i + Piece < bytes; i += Piece) {
+      __builtin_memcpy(to + p * stride + i, line + p * bytes + i, Piece);
     }
-    __builtin_memcpy(to + p * stride + bytes - 16, line + (p + 1) * bytes - 16, 16);
+    __builtin_memcpy(to + p * stride + bytes - Piece, line + (p + 1) * bytes - Piece, Piece);
   }
 }
 
-PATCHGEN_FAST_INLINE void deal_short_runs(char* to, int64_t stride, const char* line,
-                                          int64_t patches, int64_t bytes) {
-  for (int64_t p = 0; p < patches; ++p) {
-    for (int64_t i = 0; i < bytes; i += 2) {
-      __builtin_memcpy(to + p * stride + i, line + p * bytes + i, 2);
-    }
+PATCHGEN_FAST_INLINE void deal_any(char* to, int64_t stride, const char* line, int64_t patches,
+                                   int64_t bytes) {
+  if (bytes >= 16) {
+    deal_pieces<16>(to, stride, line, patches, bytes);
+  } else if (bytes >= 8) {
+    deal_pieces<8>(to, stride, line, patches, bytes);
+  } else if (bytes >= 4) {
+    deal_pieces<4>(to, stride, line, patches, bytes);
+  } else {
+    deal_pieces<1>(to, stride, line, patches, bytes);
   }
 }
 
@@ -175,8 +183,7 @@ static void deal(char* to, int64_t stride, const char* line, int64_t patches, in
     case 64:
       return deal_runs<64>(to, stride, line, patches);
     default:
-      return bytes >= 16 ? deal_long_runs(to, stride, line, patches, bytes)
-                         : deal_short_runs(to, stride, line, patches, bytes);
+      return deal_any(to, stride, line, patches, bytes);
   }
 }
 

@@ -10,13 +10,28 @@
 
 #include "gemm_kernel.h"
 #include "patch_embed_gather.h"
+#include "patch_embed_limbs_kernel.h"
 
 namespace patchgen_fast {
 namespace {
 
+#if defined(__AVX512VNNI__)
+// bf16 weights are multiplied in pairs, which is as fast as two limbs, and they would need three.
+template <class Weight>
+constexpr bool kUsesLimbs = !std::is_same_v<Weight, BFloat16>;
+#else
+template <class Weight>
+constexpr bool kUsesLimbs = false;
+#endif
+
 template <class Weight>
 static GemmPlan plan_patch_embed(const PatchEmbedForward& f, int64_t threads) {
   using Operand = typename OperandFor<Weight>::type;
+  if constexpr (kUsesLimbs<Weight>) {
+    if (suits_limbs<Weight>(f)) {
+      return plan_limbs<Weight>(f, threads);
+    }
+  }
   const PatchGrid& grid = f.source.grid;
   const int64_t rows = grid.batch * grid.patches();
   GemmPlan plan =
@@ -44,6 +59,11 @@ template <class Weight>
 static void pack_patch_embed(const PatchEmbedForward& f, const GemmPlan& plan, int64_t panel,
                              void* scratch) {
   using Operand = typename OperandFor<Weight>::type;
+  if constexpr (kUsesLimbs<Weight>) {
+    if (plan.limbs) {
+      return pack_limbs<Weight>(f, plan, panel, scratch);
+    }
+  }
   const PatchGrid& grid = f.source.grid;
   const int64_t column = panel * kPanelColumns;
   const Weight* w = static_cast<const Weight*>(f.weight) + column * plan.depth;
@@ -86,12 +106,17 @@ static void embed_patches(const PatchEmbedForward& f, const GemmPlan& plan, int6
   Word* a = static_cast<Word*>(scratch);
   auto* targets = reinterpret_cast<RowTarget<Weight>*>(a + plan.rows_per_task * plan.stride);
   void* lines = targets + plan.rows_per_task;
-  gather_patches<Weight>(f.source, t.first_row, t.rows, a, plan.stride, lines);
   place_tokens(f, t, targets);
+  if constexpr (kUsesLimbs<Weight>) {
+    if (plan.limbs) {
+      return embed_limbs(f, plan, t, a, lines, targets);
+    }
+  }
+  gather_patches<Weight>(f.source, t.first_row, t.rows, a, plan.stride, lines);
   const Word* packed = static_cast<const Word*>(f.packed);
   const float* bias = reinterpret_cast<const float*>(packed + bias_offset(plan));
-  const bool adds = f.pos_embed != nullptr;
-  multiply_block<Operand>(plan, t, a, packed, RowSink<Weight>{targets, bias, f.embed, adds});
+  const RowSink<Weight> sink{targets, bias, f.embed, f.pos_embed != nullptr};
+  multiply_block<Operand>(plan, t, a, packed, sink);
 }
 
 // -- the kernel table's entries -------------------------------------------------------------------
