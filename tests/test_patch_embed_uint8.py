@@ -56,7 +56,14 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     ("channels", "size", "patch", "embed"),
-    [(3, 48, 16, 64), (3, 42, 14, 50), (3, 32, 8, 1), (4, 12, 2, 97), (1, 21, 7, 16), (5, 9, 3, 33)],
+    [
+        (3, 48, 16, 64),
+        (3, 42, 14, 50),
+        (3, 32, 8, 1),
+        (4, 12, 2, 97),
+        (1, 21, 7, 16),
+        (5, 9, 3, 33),
+    ],
 )
 def test_layouts_and_depths(channels, size, patch, embed, layout, dtype, target: Target) -> None:
     images = pixels(3, channels, size, size).to(memory_format=layout)
