@@ -38,19 +38,6 @@ void launch_attention_decode(const AttentionForward& p, const DecodeWork& work, 
   plan_attention_decode<float16>(p, work, run);
 }
 
-int64_t attention_forward_shared_memory(int head_dim, int keys) {
-  int64_t bytes = 0;
-  with_width(head_dim, [&](auto width) { bytes = forward_shared_bytes<width>(keys); });
-  return bytes;
-}
-
-int64_t attention_backward_shared_memory(int head_dim, int queries, int keys, int group) {
-  int64_t bytes = 0;
-  with_width(head_dim,
-             [&](auto width) { bytes = backward_shared_bytes<width>(queries, keys, group); });
-  return bytes;
-}
-
 void describe_attention_forward(int device, std::vector<KernelFacts>& list) {
   describe_forward_as<bfloat16>(DType::BFLOAT16, device, list);
   describe_forward_as<float16>(DType::FLOAT16, device, list);

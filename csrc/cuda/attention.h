@@ -87,8 +87,4 @@ void launch_attention_decode(const AttentionForward& problem, const DecodeWork& 
 DecodeSize attention_decode_size(const AttentionInputs& problem, int device);
 void launch_attention_backward(const AttentionBackward& problem, int device, void* stream);
 
-// Bytes of shared memory that a block of the kernel takes: what decides whether a GPU can run it.
-int64_t attention_forward_shared_memory(int head_dim, int keys);
-int64_t attention_backward_shared_memory(int head_dim, int queries, int keys, int group);
-
 }  // namespace patchgen_fast::cuda

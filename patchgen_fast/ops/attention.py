@@ -26,6 +26,7 @@ from .. import reference, stock, triton
 from ..dispatch import Refusal
 from ..registry import Op
 from ..triton import thresholds
+from . import _cuda_limits
 from ._checks import (
     autocast,
     check_float,
@@ -187,6 +188,7 @@ OP.add_native(
     refuses=(NOT_ON_CPU, FLOAT64, HEAD_DIM, DROPOUT),
     refuses_backward=(NOT_ON_CPU, FLOAT64, HEAD_DIM),
 )
+OP.add_native("cuda", _cuda_limits.ATTENTION, _cuda_limits.ATTENTION_BACKWARD)
 OP.add_kernels(
     "triton",
     "patchgen_fast.triton.attention:attention",
@@ -237,7 +239,7 @@ def _normalise_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor |
             f"attention: expected attn_mask of 2 to 4 dimensions, broadcastable to {list(full)}; "
             f"got {describe(mask)}"
         )
-    return mask[(None,) * (4 - mask.dim())]
+    return mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
 
 
 def _normalise_counts(

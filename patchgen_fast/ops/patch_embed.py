@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import reference, stock, triton
 from ..registry import Op
 from ..triton import thresholds
+from . import _cuda_limits
 from ._checks import (
     FLOATS,
     autocast,
@@ -137,6 +138,7 @@ OP = Op(
 FLOAT64 = float64_of("weight")
 OP.add_torch(stock.patch_embed, refuses=(FLOAT64,))
 OP.add_native("cpu", refuses=(NOT_ON_CPU, FLOAT64), refuses_backward=(NOT_ON_CPU, FLOAT64))
+OP.add_native("cuda", _cuda_limits.PATCH_EMBED, _cuda_limits.PATCH_EMBED)
 OP.add_kernels(
     "triton",
     "patchgen_fast.triton.patch_embed:patch_embed",

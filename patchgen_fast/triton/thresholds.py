@@ -1,4 +1,4 @@
-"""Which backend a call on a GPU tries first, where the order cuda, triton, torch is in doubt.
+"""Which backend a call on a GPU tries first, where the order triton, cuda, torch is in doubt.
 
 Nothing here is measured yet: no shape of ours has been timed beside torch's best on a GPU. So the
 rule is the conservative one: torch where one stock kernel does the whole call, and the usual order

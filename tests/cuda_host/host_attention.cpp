@@ -51,3 +51,17 @@ extern "C" void host_describe_attention(char* text, int size) {
     plan_every_backward_and_decode<bfloat16>(DType::BFLOAT16, run);
   });
 }
+
+// What patchgen_fast/ops/_cuda_limits.py computes for itself.
+extern "C" int host_attention_forward_bytes(int head_dim, int keys) {
+  int bytes = 0;
+  with_width(head_dim, [&](auto width) { bytes = forward_shared_bytes<width>(keys); });
+  return bytes;
+}
+
+extern "C" int host_attention_backward_bytes(int head_dim, int queries, int keys, int group) {
+  int bytes = 0;
+  with_width(head_dim,
+             [&](auto width) { bytes = backward_shared_bytes<width>(queries, keys, group); });
+  return bytes;
+}
