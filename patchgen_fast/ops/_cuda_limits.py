@@ -27,7 +27,7 @@ WARPS = 4
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one block can have on that GPU."""
     properties = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _rows_bytes(head_dim: int, rows: int) -> int:
