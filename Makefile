@@ -14,7 +14,7 @@ CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 empty :=
 BUILT := $(VENV)/.built-$(PATCHGEN_FAST_BUILD)$(subst ;,_,$(subst $(empty) ,_,$(PATCHGEN_FAST_CUDA_ARCHS)))
 
-.PHONY: help test test-triton bench readme build environment lint format wheel install-check sanitize gpu-code-report clean
+.PHONY: help test test-triton bench readme build environment lint format wheel install-check sanitize gpu-code-report gpu clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -112,6 +112,9 @@ sanitize: environment ## the CPU kernels' tests under the sanitizers (g++; some 
 
 gpu-code-report: environment ## what the GPU compilers make of the kernels; needs nvcc, no GPU
 	$(BIN)/python benchmarks/cuda_code_report.py $(ARGS)
+
+gpu: environment ## build, check, measure and profile on the GPU at hand, in ten minutes
+	$(BIN)/python benchmarks/gpu/run.py --out results/gpu $(ARGS)
 
 clean: ## what was built; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache $(VENV)/.built-*

@@ -107,6 +107,12 @@ def test_resume_goes_on(fake, tmp_path):
     assert results.read(path).cases[0].ours.timing.median == pytest.approx(2e-3)
 
 
+def test_resume_begins_where_there_is_nothing_to_go_on_with(fake, tmp_path):
+    path = tmp_path / "r.json"
+    assert run("bench", "--json", path, "--resume").exit_code == 0
+    assert results.read(path).complete
+
+
 @pytest.mark.parametrize("content", ["{", '{"kind": "other"}', "plain text"])
 def test_a_foreign_file_is_not_overwritten(fake, tmp_path, content):
     path = tmp_path / "mine.json"

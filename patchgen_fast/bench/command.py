@@ -101,7 +101,7 @@ def _stop(code: int, text: str) -> None:
     metavar="FORMAT=PATH",
     help="Also as pytest-benchmark, github-action, junit, csv, summary or markdown; repeatable.",
 )
-@click.option("--resume", is_flag=True, help="Go on with an interrupted result file.")
+@click.option("--resume", is_flag=True, help="Go on with a result file, if there is one.")
 @click.option(
     "--baseline",
     type=click.Path(path_type=Path),
@@ -231,7 +231,7 @@ def _measure(
     }
     settings = Settings(suite=suite, filters=kept_filters, plan=runner.plan_record(plan))
     machine = environment.collect()
-    if resume:
+    if resume and path.exists():
         result = results.resumable(path, settings, machine.commit)
     else:
         results.refuse_foreign(path)
