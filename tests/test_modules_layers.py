@@ -67,6 +67,39 @@ def test_encoder_layer_is_the_eager_one(causal, qk_norm):
     same(fast(x, mask, causal), eager(x, mask, causal))
 
 
+def by_hand(layer, x, shape_attn=lambda y: y, shape_mlp=lambda y: y):
+    x = x + shape_attn(layer.attn(layer.norm1(x)))
+    return x + shape_mlp(layer.mlp(layer.norm2(x)))
+
+
+def test_layer_scale_is_on_both_branches():
+    layer = modules.EncoderLayer(32, 4, init_values=0.1).double()
+    assert {"ls1.gamma", "ls2.gamma"} <= set(layer.state_dict())
+    for scale in (layer.ls1, layer.ls2):
+        nn.init.normal_(scale.gamma)
+    x = torch.randn(2, 5, 32).double()
+    same(layer(x), by_hand(layer, x, layer.ls1, layer.ls2))
+
+
+def test_stochastic_depth_leaves_whole_branches_out_in_training_only():
+    layer = modules.EncoderLayer(32, 4, drop_path=0.5).double()
+    x = torch.randn(64, 5, 32).double()
+    same(layer.eval()(x), by_hand(layer, x))
+    changed = (layer.train()(x) - x).abs().amax(dim=(1, 2))
+    left_out = int((changed == 0).sum())  # both branches of a sample: a quarter of them
+    assert 4 <= left_out <= 32
+    one = modules.branch.DropPath(0.75).train()
+    kept = one(torch.ones(4000, 3))
+    assert set(kept.unique().tolist()) == {0.0, 4.0} and 0.9 < float(kept.mean()) < 1.1
+    assert (kept == kept[:, :1]).all()
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.0])
+def test_a_probability_out_of_range_is_an_error(probability):
+    with pytest.raises(ValueError, match="from 0 to below 1"):
+        modules.branch.DropPath(probability)
+
+
 @pytest.mark.parametrize("memory_dim", [None, 24])
 def test_decoder_layer_is_the_eager_one(memory_dim):
     eager, fast = pair_of("DecoderLayer", 32, 4, qkv_bias=True, memory_dim=memory_dim)

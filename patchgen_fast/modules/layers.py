@@ -8,13 +8,16 @@ from torch import Tensor, nn
 
 from ..models.cache import LayerCache
 from .attention import Attention, CrossAttention
+from .branch import DropPath, LayerScale
 from .feed_forward import FeedForward
-from .fused import add_branch_then_norm, add_to_residual
+from .fused import add_branch_then_norm, add_then_norm, add_to_residual, child, inactive
 from .state import FastLayer, LayerState
 
 
 class FusedEncoderLayer(FastLayer):
-    """Forward of a pre-norm encoder layer with `norm1`, `attn`, `norm2`, `mlp`."""
+    """Forward of a pre-norm encoder layer with `norm1`, `attn`, `norm2`, `mlp`, and perhaps `ls1`,
+    `ls2`, `drop_path1`, `drop_path2` on the branches.
+    """
 
     norm1: Any
     attn: Any
@@ -26,10 +29,31 @@ class FusedEncoderLayer(FastLayer):
     ) -> Tensor:
         """Tokens `[B, N, E]` to `[B, N, E]`; the mask as in `Attention`."""
         self._count_call()
-        x, normalised = add_branch_then_norm(
-            self, x, self.attn, self.norm2, self.norm1(x), attn_mask, is_causal
-        )
-        return add_to_residual(x, self.mlp, normalised)
+        normalised = self.norm1(x)
+        if self._bare(1):
+            x, normalised = add_branch_then_norm(
+                self, x, self.attn, self.norm2, normalised, attn_mask, is_causal
+            )
+        else:
+            branch = self._shaped(1, self.attn(normalised, attn_mask, is_causal))
+            x, normalised = add_then_norm(self, x, branch, self.norm2)
+        if self._bare(2):
+            return add_to_residual(x, self.mlp, normalised)
+        return x + self._shaped(2, self.mlp(normalised))
+
+    def _on_branch(self, branch: int) -> list[Any]:
+        """The layer scale and the stochastic depth of a branch, where the layer has them."""
+        children = (child(self, f"ls{branch}"), child(self, f"drop_path{branch}"))
+        return [module for module in children if module is not None]
+
+    def _bare(self, branch: int) -> bool:
+        """Whether the branch goes into its sum as it is, so that its last product may add."""
+        return all(inactive(module) for module in self._on_branch(branch))
+
+    def _shaped(self, branch: int, x: Tensor) -> Tensor:
+        for module in self._on_branch(branch):
+            x = module(x)
+        return x
 
 
 class FusedDecoderLayer(FastLayer):
@@ -64,8 +88,8 @@ class FusedDecoderLayer(FastLayer):
 class EncoderLayer(FusedEncoderLayer, nn.Module):
     """Self-attention, then feed-forward, each on normalised tokens and added to its input.
 
-    Parameters `norm1`, `attn`, `norm2`, `mlp`; arguments as in timm's `Block`, whose weights load
-    where it has no layer scale.
+    Parameters `norm1`, `attn`, `norm2`, `mlp`, and `ls1`, `ls2` with layer scale; arguments as in
+    timm's `Block`, whose weights load.
 
     Args:
         dim: E of the tokens.
@@ -76,6 +100,8 @@ class EncoderLayer(FusedEncoderLayer, nn.Module):
         scale_mlp_norm: normalise the hidden features.
         proj_bias: biases of the output projection and of the feed-forward part.
         proj_drop: dropout after the projections, in training.
+        init_values: first value of the branches' layer scale; None is no layer scale.
+        drop_path: probability of leaving a branch out for a sample, in training.
         act_layer: class of the activation.
         norm_layer: class of the normalisations.
         norm_eps: their epsilon.
@@ -94,6 +120,8 @@ class EncoderLayer(FusedEncoderLayer, nn.Module):
         proj_bias: bool = True,
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
         act_layer: type[nn.Module] = nn.GELU,
         norm_layer: type[nn.Module] = nn.LayerNorm,
         device=None,
@@ -128,6 +156,12 @@ class EncoderLayer(FusedEncoderLayer, nn.Module):
             drop=proj_drop,
             **kind,
         )
+        for branch in (1, 2):
+            if init_values is not None:
+                scale = LayerScale(dim, init_values, device=device, dtype=dtype)
+                setattr(self, f"ls{branch}", scale)
+            if drop_path > 0.0:
+                setattr(self, f"drop_path{branch}", DropPath(drop_path))
         self._fast = LayerState(backend)
 
 
