@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from patchgen_fast import model_source
 from patchgen_fast.bench import data, parity
 from patchgen_fast.bench.cases import Case
 from patchgen_fast.bench.limits import ITEMSIZE, phase_total
@@ -22,6 +23,7 @@ from patchgen_fast.bench.problems.base import (
     Refused,
     Runnable,
     compiled_module,
+    first_line,
     leaf,
     normal,
 )
@@ -143,10 +145,13 @@ def _layer(case: Case) -> tuple[Callable[[], nn.Module], Inputs, str]:
 
 
 def _model(case: Case) -> tuple[Callable[[], nn.Module], Inputs, str]:
-    library, _, name = case.options["model"].partition(":")
-    make, size, channels = {"patchgen": _patchgen, "timm": _timm, "torchvision": _torchvision}[
-        library
-    ](name)
+    name = case.options["model"]
+    try:
+        source = model_source.find(name)
+    except ValueError as error:
+        raise Absent(first_line(error)) from error
+    assert source.image_shape is not None
+    channels, size, _ = source.image_shape
     batch, note = case.dims["B"], ""
     try:
         if case.options["data"] == "digits":
@@ -156,31 +161,6 @@ def _model(case: Case) -> tuple[Callable[[], nn.Module], Inputs, str]:
     except data.NoImages as missing:
         note = str(missing)
         images = torch.rand(batch, channels, size, size, generator=random_of(case))
-    if library != "patchgen":  # these do not normalise, nor cast, by themselves
+    if not name.startswith("patchgen:"):  # these do not normalise, nor cast, by themselves
         images = images.to(DTYPE[case.dtype])
-    return make, (images.to(case.device),), note
-
-
-def _patchgen(name: str) -> tuple[Callable[[], nn.Module], int, int]:
-    from patchgen_fast.models import CONFIGS, PatchTransformer
-
-    config = CONFIGS[name]
-    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-    return lambda: PatchTransformer(config), size, config.channels
-
-
-def _timm(name: str) -> tuple[Callable[[], nn.Module], int, int]:
-    try:
-        import timm
-    except ImportError as error:
-        raise Absent("not installed (timm)") from error
-    size = timm.get_pretrained_cfg(name).input_size[-1]
-    return lambda: timm.create_model(name, pretrained=False), size, 3
-
-
-def _torchvision(name: str) -> tuple[Callable[[], nn.Module], int, int]:
-    try:
-        import torchvision
-    except ImportError as error:
-        raise Absent("not installed (torchvision)") from error
-    return lambda: torchvision.models.get_model(name, weights=None), 224, 3
+    return source.make, (images.to(case.device),), note
