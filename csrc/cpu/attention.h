@@ -37,16 +37,22 @@ struct AttentionInputs {
   const int32_t* query_offset;  // [batch] or null
   bool is_causal;
   float scale;
+  int64_t lse_head;  // rows of lse, and of its gradient, from one head to the next
+
+  // Where a row stands in lse.
+  int64_t lse_row(int64_t entry, int64_t head, int64_t row) const {
+    return (entry * heads + head) * lse_head + row;
+  }
 };
 
 struct AttentionForward : AttentionInputs {
   void* out;   // [batch, queries, heads, dim], contiguous
-  float* lse;  // [batch, heads, queries], contiguous, natural logarithm
+  float* lse;  // [batch, heads, queries], natural logarithm
 };
 
 struct AttentionBackward : AttentionInputs {
   AttentionTensor out, grad_out;
-  const float* lse;       // [batch, heads, queries], contiguous
+  const float* lse;       // [batch, heads, queries]
   const float* grad_lse;  // likewise, or null
   void* grad_query;       // [batch, queries, heads, dim], contiguous
   void* grad_key;         // [batch, keys, kv_heads, dim], contiguous

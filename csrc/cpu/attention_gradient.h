@@ -160,12 +160,13 @@ class ScoreGradient {
 
   int64_t statistics_stride() const { return problem_.batch * problem_.heads * problem_.queries; }
 
-  int64_t row_index(const HeadView& view, const QueryRows& rows) const {
-    return (view.batch * problem_.heads + rows.head) * problem_.queries + rows.query;
+  float* statistics(const HeadView& view, const QueryRows& rows) const {
+    return problem_.statistics + (view.batch * problem_.heads + rows.head) * problem_.queries +
+           rows.query;
   }
 
-  float* statistics(const HeadView& view, const QueryRows& rows) const {
-    return problem_.statistics + row_index(view, rows);
+  int64_t lse_row(const HeadView& view, const QueryRows& rows) const {
+    return problem_.lse_row(view.batch, rows.head, rows.query);
   }
 
   // weights = exp(scores - lse), scores = dP, and both sums of each row.
@@ -174,7 +175,7 @@ class ScoreGradient {
     product(view, problem_.query, rows, panel, view.sign, keys_, weights);
     view.mask(rows, panel, weights, shape_.score_row);
     product(view, problem_.grad_out, rows, panel, 1.0f, values_, scores);
-    const float* lse = problem_.lse + row_index(view, rows);
+    const float* lse = problem_.lse + lse_row(view, rows);
     for (int64_t r = 0; r < rows.rows; ++r) {
       // For +inf instead of an empty row's -inf, every weight is 0.
       weigh_row(r, lse[r] == kMinusInfinity ? -kMinusInfinity : lse[r], view.to_natural, vectors);
@@ -207,7 +208,7 @@ class ScoreGradient {
 
   // The rows' final statistics: sums_ becomes what P is multiplied by, deltas_ delta - d(lse).
   void settle(const HeadView& view, const QueryRows& rows) {
-    const int64_t first = row_index(view, rows);
+    const int64_t first = lse_row(view, rows);
     for (int64_t r = 0; r < rows.rows; ++r) {
       float sum = sums_[r], delta = deltas_[r];
       if (shape_.panels > 1) {

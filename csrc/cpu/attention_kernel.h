@@ -219,8 +219,7 @@ class ForwardTask {
   // Normalises `rows` into out, and writes lse.
   void finish(const Block& block, const float* rows) {
     float inverse[kStatRows];
-    float* lse =
-        problem_.lse + (view_.batch * problem_.heads + block.head) * problem_.queries + block.query;
+    float* lse = problem_.lse + problem_.lse_row(view_.batch, block.head, block.query);
     for (int64_t r = 0; r < block.rows; r += kLanes) {
       const Vec sum = load(block.sums + r);
       store(inverse + r, select(sum == 0.0f, Vec{}, broadcast(1.0f) / sum));
