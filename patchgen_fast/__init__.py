@@ -26,6 +26,7 @@ _EXPORTS = {
     "MultiheadAttention": "patchgen_fast.modules",
     "PatchEmbed": "patchgen_fast.modules",
     "PatchUnembed": "patchgen_fast.modules",
+    "profile": "patchgen_fast.profiling.api",
     "swap": "patchgen_fast.swapping",
     "swapped": "patchgen_fast.swapping",
     "verify": "patchgen_fast.swapping",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .ops.patch_unembed import patch_unembed as patch_unembed
     from .ops.qk_norm_rope import qk_norm_rope as qk_norm_rope
     from .ops.varlen_attention import varlen_attention as varlen_attention
+    from .profiling.api import profile as profile
     from .swapping import swap as swap
     from .swapping import swapped as swapped
     from .swapping import verify as verify

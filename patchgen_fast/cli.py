@@ -25,6 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "patchgen_fast.bench.command:compare",
         "Two results of bench: has anything become slower?",
     ),
+    "profile": (
+        "patchgen_fast.profiling.command:profile",
+        "Where a model's step goes, layer by layer: time, FLOP/s, memory, error, beside eager.",
+    ),
     "report": (
         "patchgen_fast.bench.command:report",
         "Results of bench as one HTML page, and in other tools' formats.",

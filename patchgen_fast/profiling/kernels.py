@@ -1,0 +1,69 @@
+"""Rows of a compiled model: layers are gone from it, so its operators and kernels are what can be
+told apart.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import flop_registry
+
+# Ranges around the work, not work: their own time is what lies between the kernels.
+RANGES = ("Torch-Compiled Region", "## Call CompiledFxGraph", "TorchDynamo", "CompiledFunction",
+          "autograd::engine", "ProfilerStep", "PythonSubclass", "Pregraph bytecode")  # fmt: skip
+
+
+@dataclass
+class Kernel:
+    """All calls of a step by one name and one set of shapes."""
+
+    name: str
+    shape: str
+    calls: int = 0
+    flops: float = 0.0
+    seconds: list[float] = field(default_factory=list)  # a step, round by round
+
+
+def kernels(step: Callable[[], Any], cuda: bool, rounds: int) -> list[Kernel]:
+    """Every kernel of a step with its own time, the slowest first."""
+    found: dict[tuple[str, str], Kernel] = {}
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    for number in range(rounds):
+        seconds: dict[tuple[str, str], float] = defaultdict(float)
+        with profile(activities=activities, record_shapes=True) as profiler:
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+        for event in profiler.events() or ():
+            on_gpu = "cuda" in str(event.device_type).lower()
+            own = event.self_device_time_total if cuda else event.self_cpu_time_total
+            if on_gpu != cuda or not own or event.name.startswith(RANGES):
+                continue
+            shapes = [shape for shape in event.input_shapes or () if shape]
+            key = (event.name, ", ".join("×".join(map(str, shape)) for shape in shapes[:2]))
+            kernel = found.setdefault(key, Kernel(*key))
+            seconds[key] += own * 1e-6
+            if number == 0:
+                kernel.calls += 1
+                kernel.flops += flops_of(event.name, event.input_shapes or ())
+        for key, kernel in found.items():
+            kernel.seconds.append(seconds[key])
+    return sorted(found.values(), key=lambda kernel: -sum(kernel.seconds))
+
+
+def flops_of(name: str, shapes: Any) -> float:
+    """FLOPs of an operator of torch or of ours by its name and the shapes it was given; else 0."""
+    namespace, _, operator = name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace, None), operator, None) if operator else None
+    formula = flop_registry.get(packet)
+    if formula is None:
+        return 0.0
+    try:
+        return float(formula(*shapes))
+    except (TypeError, ValueError, IndexError, AssertionError):
+        return 0.0  # a formula that needs more than shapes

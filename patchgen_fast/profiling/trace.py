@@ -1,0 +1,113 @@
+"""A Kineto trace of one step, with the layers' names in it; and from it, peak memory by layer.
+
+The file opens in Perfetto, in chrome://tracing and in HTA (which asks for a rank in it).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from .timeline import BACKWARD, FORWARD, Place, Timeline, shown
+
+MEMORY_EVENT = "[memory]"
+
+
+class NamedRanges(Timeline):
+    """Shows where the forward is as named ranges, one after the other, in the profiler's view.
+
+    The backward needs none: the profiler links its operators to those of the forward, and a range
+    that begins in one node of autograd and ends in another would overlap with both.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
+        super().__init__(model, layers, lambda: 0)
+        self.places: dict[str, Place] = {}
+        self._open: Any = None
+
+    def _mark(self, place: Place, direction: str = FORWARD) -> None:
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+            self._open = None
+        if direction == BACKWARD or place.layer not in self.layers:
+            return
+        label = shown(place.layer) + (f": {place.op}" if place.op else "")
+        self.places[label] = place
+        self._open = record_function(label)
+        self._open.__enter__()
+
+
+def trace(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    step: Callable[[], Any],
+    path: Path | None,
+    *,
+    named: bool = True,
+) -> tuple[dict[str, int], int]:
+    """Run one step under the profiler, and write the trace if `path` (`*.json.gz`) is given.
+
+    Returns the bytes that each layer's own stretches of the forward allocate at most beyond what
+    was there, and those of the whole step. `named=False` puts no ranges in: for compiled models.
+    """
+    cuda = next((p.is_cuda for p in model.parameters()), False)
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    ranges = NamedRanges(model, layers)
+    with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+        if named:
+            with ranges.watching():
+                step()
+        else:
+            step()
+        if cuda:
+            torch.cuda.synchronize()
+        profiler.add_metadata_json("distributedInfo", '{"rank": 0, "world_size": 1}')
+    if path is not None:
+        _export(profiler, path)
+    return _peaks(profiler, ranges.places, "cuda" if cuda else "cpu")
+
+
+def _export(profiler: profile, path: Path) -> None:
+    """Whole or not at all, under the name given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".json.gz")
+    os.close(handle)
+    try:
+        profiler.export_chrome_trace(name)
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _peaks(profiler: profile, places: dict[str, Place], device: str) -> tuple[dict[str, int], int]:
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    happened: list[tuple[int, int, str, int]] = []  # time, order at that time, layer, bytes
+    for event in events:
+        name = event.name()
+        if name == MEMORY_EVENT:
+            if device in str(event.device_type()).lower():
+                happened.append((event.start_ns(), 1, "", event.nbytes()))  # type: ignore[union-attr]
+        elif name in places and "cpu" in str(event.device_type()).lower():
+            happened.append((event.start_ns(), 0, places[name].layer, 0))
+    happened.sort()
+    peaks: dict[str, int] = {}
+    held = highest = base = 0
+    layer: str | None = None
+    for _, _, entered, size in happened:
+        if size == 0 and entered != layer:
+            layer, base = entered, held
+        held += size
+        highest = max(highest, held)
+        if layer is not None:
+            peaks[layer] = max(peaks.get(layer, 0), held - base)
+    return peaks, highest
