@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Parity and speed of the fast layers against eager PyTorch and other peers.",
     ),
     "compare": (
-        "patchgen_fast.bench.command:compare",
+        "patchgen_fast.bench.compare_command:compare",
         "Two results of bench: has anything become slower?",
     ),
     "profile": (
@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Where a model's step goes, layer by layer: time, FLOP/s, memory, error, beside eager.",
     ),
     "report": (
-        "patchgen_fast.bench.command:report",
+        "patchgen_fast.bench.report_command:report",
         "Results of bench as one HTML page, and in other tools' formats.",
     ),
 }

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import patchgen_fast
 from patchgen_fast import model_source, models
 from patchgen_fast.cli import main
-from patchgen_fast.profiling import kernels, measure, timeline, work
+from patchgen_fast.profiling import kernels, measure, rows, timeline, work
 from patchgen_fast.profiling.result import Row, Spread
 from patchgen_fast.swapping import swap
 
@@ -113,9 +113,9 @@ def test_a_model_that_reads_values_is_profiled_without_the_second_count():
 
 def test_rows_have_what_their_columns_promise(profiled):
     forward, training, _ = profiled
-    rows = {(row.name, row.op): row for row in forward.rows}
-    layer, op = rows["encoder.layers.0.attn", ""], rows["encoder.layers.0.attn", "attention"]
-    assert layer.backend == op.backend == "cpu" if _has_cpu() else "torch"
+    found = {(row.name, row.op): row for row in forward.rows}
+    layer, op = found["encoder.layers.0.attn", ""], found["encoder.layers.0.attn", "attention"]
+    assert layer.backend == op.backend == ("cpu" if _has_cpu() else "torch")
     assert op.flops == 4 * 4 * 4 * 16 * 16 * 8 and op.shape == "4×4×16×8" and op.calls == 1
     assert layer.seconds.median >= op.seconds.median > 0
     assert layer.error < 1e-5 and layer.eager_error < 1e-5 and layer.speedup > 0
@@ -126,7 +126,20 @@ def test_rows_have_what_their_columns_promise(profiled):
     assert again["encoder.layers.0.attn", "attention"].backward > 0
     assert "linear (qkv)" in {row.op for row in forward.rows}
     assert forward.tokens == 4 * 16 and forward.batch == 4
-    assert forward.coverage > 0.5 and sum(row.share for row in forward.layers) > 0.5
+
+
+def test_shares_are_of_the_step_that_nothing_observed():
+    places = timeline.Place("a"), timeline.Place("a", "attention"), timeline.Place("b")
+    part = {(place, timeline.FORWARD): 1.0 for place in places}
+    watched = measure.Watched(
+        steps=[2.0, 4.0, 3.0], parts=[part] * 3, calls=dict.fromkeys(places, 1)
+    )
+    layers = {"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)}
+    found = rows.layer_rows(layers, watched, None, {}, {}, {}, False)
+    shares = [(row.name, row.op, round(row.share, 6)) for row in found]
+    third = round(1 / 3, 6)
+    assert shares == [("a", "", round(2 / 3, 6)), ("a", "attention", third), ("b", "", third)]
+    assert rows.coverage_of(watched) == 1.0
 
 
 def _has_cpu():
@@ -180,9 +193,9 @@ def test_a_layer_says_why_it_is_not_fast():
 
     model = nn.Sequential(MyAttention(8, 2), models.Attention(8, 2, attn_drop=0.1)).train()
     found = patchgen_fast.profile(model, torch.randn(2, 5, 8), **QUICK)
-    rows = {row.name: row for row in found.layers}
-    assert rows["0"].reason == "subclass" and rows["0"].error is None
-    assert rows["1"].reason == "fell back: dropout" and rows["1"].error is not None
+    refused, fell_back = (next(r for r in found.layers if r.name == name) for name in "01")
+    assert refused.reason == "subclass" and refused.error is None
+    assert fell_back.reason == "fell back: dropout" and fell_back.error is not None
 
 
 def test_amdahl_says_what_the_fast_layers_can_do(profiled):
