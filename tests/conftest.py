@@ -10,6 +10,10 @@ import pytest
 import torch
 from oracle import Target, skip_backend
 
+from patchgen_fast._torchvision import make_importable
+
+make_importable()  # the pinned torchvision is built for CUDA, the pinned torch need not be
+
 TARGETS = [Target("reference", "cpu"), Target("torch", "cpu"), Target("cpu", "cpu")]
 TARGETS += [Target("triton", "cuda"), Target("cuda", "cuda")]
 if torch.cuda.is_available():

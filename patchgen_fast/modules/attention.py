@@ -15,6 +15,7 @@ from ..models.cache import KeyValueCache
 from ..models.layers import check_tokens, head_dim_of
 from ..ops.attention import attention
 from .fused import child, inactive, normalise_heads, project, split_heads, takes_residual
+from .recording import record
 from .state import FastLayer, LayerState
 
 
@@ -27,6 +28,7 @@ def attend_with(
     is_causal: bool = False,
     drop: nn.Module | None = None,
     cache: KeyValueCache | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Attention of one layer with its backend and its dropout: `[B, H, Nq, D]`.
 
@@ -49,10 +51,12 @@ def attend_with(
         attn_mask,
         dropout_p=dropout_p,
         is_causal=is_causal,
+        scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
         query_offset=past,
         backend=owner._fast.backend,
     )
+    record(owner, query, key, attn_mask, is_causal, scale, past)
     return out
 
 

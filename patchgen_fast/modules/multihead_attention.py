@@ -11,6 +11,7 @@ from torch.overrides import has_torch_function
 from ..ops.attention import attention
 from ..ops.linear import linear
 from .fused import project
+from .recording import record
 from .state import FastLayer, LayerState
 
 
@@ -84,6 +85,7 @@ class MultiheadAttention(FastLayer, nn.MultiheadAttention):
                 weights = weights.mean(dim=1)
         else:
             out = attention(*heads, mask, **run)
+        record(self, heads[0], heads[1], mask, is_causal, None)
         result = project(self, out.transpose(1, 2).flatten(2), self.out_proj)
         if not batched:
             return result[0], None if weights is None else weights[0]

@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
+from ..modules.patch_conv import is_patch_conv
+
 Kind = Literal["attention", "patch_embed", "feed_forward", "layer"]
 
 # the op that does a kind's work: a backend by name needs it
@@ -58,19 +60,28 @@ class Known:
 
     adapters: dict[type, Adapter] = field(default_factory=dict)
     targets: dict[type, Adapter] = field(default_factory=dict)
+    parts: dict[type, dict[str, Adapter]] = field(default_factory=dict)
+    """Layers of general classes, as a bare convolution: class of the whole -> name in it."""
     unsupported: dict[type, Reason] = field(default_factory=dict)
     """Classes that are known, and known not to be what a fast layer does."""
     unusable: dict[str, Reason] = field(default_factory=dict)
     """Libraries whose adapters can't serve the version that is installed."""
 
 
-# library -> adapter file. A file defines ADAPTERS, and where it needs it UNSUPPORTED
-# (class -> Reason).
+# library -> adapter file. A file defines ADAPTERS, and where it needs them PARTS (class of a whole
+# -> name in it -> adapter) and UNSUPPORTED (class -> Reason).
 LIBRARIES = {
     "patchgen_fast.models": "patchgen_fast.swapping.patchgen",
     "torch.nn": "patchgen_fast.swapping.torch_nn",
     "timm": "patchgen_fast.swapping.timm",
 }
+
+
+def not_a_patch_conv(module: nn.Module) -> Reason | None:
+    """Why a convolution is not replaced by the patch-embed op; None where it is."""
+    if is_patch_conv(module):
+        return None
+    return Reason("overlapping", "it is not one product a patch (stride = kernel, no padding)")
 
 
 def fingerprint(cls: type) -> str:
@@ -101,5 +112,8 @@ def known() -> Known:
         for adapter in adapter_file.ADAPTERS:
             table.adapters[adapter.source] = adapter
             table.targets[adapter.target] = adapter
+        for parent, parts in getattr(adapter_file, "PARTS", {}).items():
+            table.parts[parent] = parts
+            table.targets.update({part.target: part for part in parts.values()})
         table.unsupported.update(getattr(adapter_file, "UNSUPPORTED", {}))
     return table

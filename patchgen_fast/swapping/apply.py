@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -62,10 +63,14 @@ def swap(
     check_backend(backend)
     options = {"attention": attention, "patch_embed": patch_embed, "feed_forward": feed_forward}
     table = known()
+    parts = _parts(model, table)
     report = SwapReport(qualified(type(model)), [], dry_run)
     plan: list[tuple[str, nn.Module, Adapter]] = []
     for name, module, sharded in walk(model):
-        row, adapter = _decide(name, module, sharded, table, options, backend, filter_fn, dry_run)
+        part = parts.get(module)
+        row, adapter = _decide(
+            name, module, part, sharded, table, options, backend, filter_fn, dry_run
+        )
         if row is None:
             continue
         report.rows.append(row)
@@ -100,9 +105,23 @@ def unswap(model: nn.Module) -> int:
     return len(layers)
 
 
+def _parts(model: nn.Module, table: Known) -> dict[nn.Module, Adapter]:
+    """The layers that are known by where they are: their class says too little."""
+    found = {}
+    for whole in model.modules():
+        for path, adapter in table.parts.get(type(whole), {}).items():
+            part: Any = whole
+            for name in path.split("."):
+                part = getattr(part, name, None)
+            if type(part) is adapter.source:
+                found[part] = adapter
+    return found
+
+
 def _decide(
     name: str,
     module: nn.Module,
+    part: Adapter | None,
     sharded: bool,
     table: Known,
     options: dict[str, bool],
@@ -124,10 +143,10 @@ def _decide(
         backend_shown = chosen if wanted else state.backend or "auto"
         row = Row(name, adapter.kind, qualified(state.original), "already", backend_shown)
         return row, adapter if wanted else None
-    adapter = table.adapters.get(cls)
+    adapter = part or table.adapters.get(cls)
     if adapter is None:
-        look = looks_like(module)
-        if look is None or not options[look]:
+        look = "attention" if cls in table.unsupported else looks_like(module)
+        if look is None or not options[look] or _is_around_known(module, look, table):
             return None, None
         if filter_fn is not None and not filter_fn(module, name):
             return Row(name, look, shown, "skipped", "", "filter"), None
@@ -143,6 +162,14 @@ def _decide(
     if reason is not None:
         return Row(name, adapter.kind, shown, "refused", "", *reason), None
     return Row(name, adapter.kind, shown, "would swap" if dry_run else "swapped", chosen), adapter
+
+
+def _is_around_known(module: nn.Module, kind: str, table: Known) -> bool:
+    """Whether it only holds the layer that its name suggests, which has a row of its own."""
+    if type(module) in table.parts:
+        return True
+    found = (table.adapters.get(type(m)) or table.targets.get(type(m)) for m in module.modules())
+    return any(adapter is not None and adapter.kind == kind for adapter in found)
 
 
 def _wanted(kind: str, options: dict[str, bool]) -> bool:

@@ -10,10 +10,27 @@ from typing import Any
 
 import timm.layers
 import torch
-from timm.layers import attention as timm_attention
-from timm.layers import mlp as timm_mlp
-from timm.layers import patch_embed as timm_patch_embed
-from timm.models import beit, eva, vision_transformer
+from timm.layers import attention, mlp, patch_embed
+from timm.layers import attention_pool as pools
+from timm.layers import attention_pool2d as pools2d
+from timm.models import (
+    beit,
+    cait,
+    crossvit,
+    eva,
+    levit,
+    maxxvit,
+    naflexvit,
+    twins,
+    vision_transformer,
+    volo,
+    xcit,
+)
+from timm.models import swin_transformer as swin
+from timm.models import swin_transformer_v2 as swin_v2
+from timm.models import swin_transformer_v2_cr as swin_v2_cr
+from timm.models import vision_transformer_relpos as relpos
+from timm.models import vision_transformer_sam as sam
 from torch import Tensor, nn
 
 from ..modules.attention import project_and_drop
@@ -22,23 +39,44 @@ from ..modules.fused import (
     ACTIVATION_TYPES,
     DROP_TYPES,
     NORM_TYPES,
-    add_branch_then_norm,
-    add_then_norm,
-    add_to_residual,
     inactive,
-    is_plain_tensor,
     project,
     takes_residual,
-    unobserved,
 )
+from ..modules.patch_conv import FastPatchConv2d
 from ..modules.patch_embed import FusedPatchEmbed
 from ..modules.state import FastLayer
-from .adapters import Adapter, Reason
+from .adapters import Adapter, Kind, Reason, not_a_patch_conv
 from .timm_attention import (
     FastAttention,
     FastAttentionRope,
     FastBeitAttention,
     FastEvaAttention,
+)
+from .timm_blocks import (
+    FastBeitBlock,
+    FastBlock,
+    FastEvaBlock,
+    FastRelPosBlock,
+    FastSwinTransformerBlock,
+)
+from .timm_pools import (
+    FastAttentionPool2d,
+    FastAttentionPoolLatent,
+    FastAttentionPoolPrr,
+    FastClassAttention,
+    FastClassAttn,
+    FastCrossAttention,
+    FastRotAttentionPool2d,
+)
+from .timm_windows import (
+    FastAttention2d,
+    FastAttentionCl,
+    FastRelPosAttention,
+    FastSamAttention,
+    FastWindowAttention,
+    FastWindowAttentionV2,
+    FastWindowMultiHeadAttention,
 )
 
 NORM_TYPES[timm.layers.LayerNorm] = "layer"
@@ -52,11 +90,11 @@ ACTIVATION_TYPES[timm.layers.Swish] = "silu"
 # ----------------------------------------------------------------------- patch embed, feed-forward
 
 
-class FastPatchEmbed(FusedPatchEmbed, timm_patch_embed.PatchEmbed):
+class FastPatchEmbed(FusedPatchEmbed, patch_embed.PatchEmbed):
     """timm's `PatchEmbed` by its op."""
 
 
-class FastPatchEmbedWithSize(FusedPatchEmbed, timm_patch_embed.PatchEmbedWithSize):
+class FastPatchEmbedWithSize(FusedPatchEmbed, patch_embed.PatchEmbedWithSize):
     """timm's `PatchEmbedWithSize`: the grid is returned besides."""
 
     def _check(self, x: Tensor) -> None:
@@ -75,12 +113,12 @@ class FastPatchEmbedWithSize(FusedPatchEmbed, timm_patch_embed.PatchEmbedWithSiz
 
 
 @takes_residual
-class FastMlp(FusedFeedForward, timm_mlp.Mlp):
+class FastMlp(FusedFeedForward, mlp.Mlp):
     """timm's `Mlp` with activation and residual in its products."""
 
 
 @takes_residual
-class FastGluMlp(FastLayer, timm_mlp.GluMlp):
+class FastGluMlp(FastLayer, mlp.GluMlp):
     """timm's `GluMlp` (also as `SwiGLUPacked`): one product for both halves."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,7 +133,7 @@ class FastGluMlp(FastLayer, timm_mlp.GluMlp):
 
 
 @takes_residual
-class FastSwiGLU(FastLayer, timm_mlp.SwiGLU):
+class FastSwiGLU(FastLayer, mlp.SwiGLU):
     """timm's `SwiGLU`: the activation joins the product of the gate."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,132 +160,79 @@ def _convolutional(module: nn.Module) -> Reason | None:
     return None
 
 
-# ----------------------------------------------------------------------------------------- blocks
+def _not_plain(module: Any) -> Reason | None:
+    """Learned mixing or an unknown position bias between the products."""
+    rel_pos = getattr(module, "rel_pos", None)
+    if rel_pos is not None and not hasattr(rel_pos, "get_bias"):
+        return Reason("position_bias", f"its {type(rel_pos).__name__} gives no bias to add")
+    return None
 
 
-class _FusedBlock(FastLayer):
-    """A pre-norm block: `x + drop_path(scale * branch)`, twice."""
-
-    norm1: Any
-    attn: Any
-    drop_path1: Any
-    norm2: Any
-    mlp: Any
-    drop_path2: Any
-
-    def _block(self, x: Tensor, scales: tuple[Any, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """`scales` are modules or vectors; None and placeholders scale nothing."""
-        first, second = scales
-        normalised = self.norm1(x)
-        if _plain_sum(first, self.drop_path1):
-            x, normalised = add_branch_then_norm(
-                self, x, self.attn, self.norm2, normalised, *args, **kwargs
-            )
-        else:
-            branch = self.drop_path1(_scaled(first, self.attn(normalised, *args, **kwargs)))
-            x, normalised = add_then_norm(self, x, branch, self.norm2)
-        if _plain_sum(second, self.drop_path2):
-            return add_to_residual(x, self.mlp, normalised)
-        branch = self.mlp(normalised)
-        gamma = _vector(second) if inactive(self.drop_path2) else None
-        if gamma is not None and x.dtype == branch.dtype == gamma.dtype:
-            return torch.addcmul(x, branch, gamma)
-        return x + self.drop_path2(_scaled(second, branch))
-
-
-def _plain_sum(scale: Any, drop: Any) -> bool:
-    return (scale is None or (isinstance(scale, nn.Module) and inactive(scale))) and inactive(drop)
-
-
-def _scaled(scale: Any, branch: Tensor) -> Tensor:
-    if scale is None:
-        return branch
-    return scale(branch) if isinstance(scale, nn.Module) else scale * branch
-
-
-def _vector(scale: Any) -> Tensor | None:
-    """The vector of a layer scale that may be read."""
-    if type(scale) is timm.layers.LayerScale and unobserved(scale):
-        scale = scale.gamma
-    return scale if isinstance(scale, Tensor) and is_plain_tensor(scale) else None
-
-
-class FastBlock(_FusedBlock, vision_transformer.Block):
-    """timm's ViT `Block`: sums in the products, or together with the normalisation."""
-
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        self._count_call()
-        return self._block(x, (self.ls1, self.ls2), attn_mask=attn_mask, is_causal=is_causal)
-
-
-class FastEvaBlock(_FusedBlock, eva.EvaBlock):
-    """timm's `EvaBlock`."""
-
-    def forward(
-        self,
-        x: Tensor,
-        rope: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        self._count_call()
-        return self._block(
-            x, (self.gamma_1, self.gamma_2), rope=rope, attn_mask=attn_mask, is_causal=is_causal
-        )
-
-
-class FastBeitBlock(_FusedBlock, beit.Block):
-    """timm's BEiT `Block`."""
-
-    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        self._count_call()
-        scales = (self.gamma_1, self.gamma_2)
-        return self._block(x, scales, shared_rel_pos_bias=shared_rel_pos_bias)
+def _known(source: type, target: type, kind: Kind, print_: str, refuse: Any = None) -> Adapter:
+    return Adapter(source, target, kind, refuse=refuse, fingerprints=(print_,))
 
 
 # fingerprints: of timm 1.0.31
 ADAPTERS = (
-    Adapter(
-        timm_attention.Attention, FastAttention, "attention", fingerprints=("9573bf9a33297196",)
+    _known(attention.Attention, FastAttention, "attention", "9573bf9a33297196"),
+    _known(attention.AttentionRope, FastAttentionRope, "attention", "4c0743825fe6f463"),
+    _known(eva.EvaAttention, FastEvaAttention, "attention", "8eca3860060d5650"),
+    _known(beit.Attention, FastBeitAttention, "attention", "1eb62a7b3361ce54"),
+    _known(
+        relpos.RelPosAttention, FastRelPosAttention, "attention", "957dd848ea54e53e", _not_plain
     ),
-    Adapter(
-        timm_attention.AttentionRope,
-        FastAttentionRope,
+    _known(swin.WindowAttention, FastWindowAttention, "attention", "08fa76e8423c0778"),
+    _known(swin_v2.WindowAttention, FastWindowAttentionV2, "attention", "7b60f0fa56497d1b"),
+    _known(
+        swin_v2_cr.WindowMultiHeadAttention,
+        FastWindowMultiHeadAttention,
         "attention",
-        fingerprints=("4c0743825fe6f463",),
+        "264826097c02a6bd",
     ),
-    Adapter(eva.EvaAttention, FastEvaAttention, "attention", fingerprints=("8eca3860060d5650",)),
-    Adapter(beit.Attention, FastBeitAttention, "attention", fingerprints=("1eb62a7b3361ce54",)),
-    Adapter(
-        timm_patch_embed.PatchEmbed,
-        FastPatchEmbed,
-        "patch_embed",
-        fingerprints=("cee1bba5150c1f42",),
+    _known(maxxvit.AttentionCl, FastAttentionCl, "attention", "cdebc46ddd790a7e", _not_plain),
+    _known(maxxvit.Attention2d, FastAttention2d, "attention", "bcaff2304236b66f", _not_plain),
+    _known(sam.Attention, FastSamAttention, "attention", "937a94c37e27af5a"),
+    _known(cait.ClassAttn, FastClassAttn, "attention", "9fa3c797deb454fc"),
+    _known(volo.ClassAttention, FastClassAttention, "attention", "53f24c49d1cdd592"),
+    _known(crossvit.CrossAttention, FastCrossAttention, "attention", "b0fb058a6763011b"),
+    _known(pools.AttentionPoolLatent, FastAttentionPoolLatent, "attention", "252014c8ea5e4c4c"),
+    _known(pools.AttentionPoolPrr, FastAttentionPoolPrr, "attention", "002f698d3904d131"),
+    _known(pools2d.AttentionPool2d, FastAttentionPool2d, "attention", "2e57ee44bd75eebc"),
+    _known(pools2d.RotAttentionPool2d, FastRotAttentionPool2d, "attention", "88a05e4a000c65cd"),
+    _known(patch_embed.PatchEmbed, FastPatchEmbed, "patch_embed", "cee1bba5150c1f42"),
+    _known(
+        patch_embed.PatchEmbedWithSize, FastPatchEmbedWithSize, "patch_embed", "2e855cd8d039773f"
     ),
-    Adapter(
-        timm_patch_embed.PatchEmbedWithSize,
-        FastPatchEmbedWithSize,
-        "patch_embed",
-        fingerprints=("2e855cd8d039773f",),
-    ),
-    Adapter(
-        timm_mlp.Mlp,
-        FastMlp,
-        "feed_forward",
-        refuse=_convolutional,
-        fingerprints=("0b402fa7d2a6c5a3",),
-    ),
-    Adapter(
-        timm_mlp.GluMlp,
-        FastGluMlp,
-        "feed_forward",
-        refuse=_convolutional,
-        fingerprints=("a1f7eb4d737d9710",),
-    ),
-    Adapter(timm_mlp.SwiGLU, FastSwiGLU, "feed_forward", fingerprints=("472ea75516e67988",)),
-    Adapter(vision_transformer.Block, FastBlock, "layer", fingerprints=("6aff0b2625c6b457",)),
-    Adapter(eva.EvaBlock, FastEvaBlock, "layer", fingerprints=("6105beb4b4817aa5",)),
-    Adapter(beit.Block, FastBeitBlock, "layer", fingerprints=("217fc69e68410719",)),
+    _known(mlp.Mlp, FastMlp, "feed_forward", "0b402fa7d2a6c5a3", _convolutional),
+    _known(mlp.GluMlp, FastGluMlp, "feed_forward", "a1f7eb4d737d9710", _convolutional),
+    _known(mlp.SwiGLU, FastSwiGLU, "feed_forward", "472ea75516e67988"),
+    _known(vision_transformer.Block, FastBlock, "layer", "6aff0b2625c6b457"),
+    _known(eva.EvaBlock, FastEvaBlock, "layer", "6105beb4b4817aa5"),
+    _known(beit.Block, FastBeitBlock, "layer", "217fc69e68410719"),
+    _known(relpos.RelPosBlock, FastRelPosBlock, "layer", "25c05366ecc68d04"),
+    _known(swin.SwinTransformerBlock, FastSwinTransformerBlock, "layer", "947d35a3e65ea966"),
 )
+
+_CONV = {"proj": Adapter(nn.Conv2d, FastPatchConv2d, "patch_embed", refuse=not_a_patch_conv)}
+
+PARTS = {
+    cls: _CONV
+    for cls in (
+        crossvit.PatchEmbed,
+        naflexvit.NaFlexEmbeds,
+        swin_v2_cr.PatchEmbed,
+        twins.PatchEmbed,
+        volo.PatchEmbed,
+    )
+}
+
+_MIXES = "it mixes the weights of its heads, which a fused kernel never makes"
+_OVER_CHANNELS = "it attends over channels, not tokens"
+_OUTLOOK = "its weights are made by a projection, not by queries and keys"
+
+UNSUPPORTED = {
+    cait.TalkingHeadAttn: Reason("talking_heads", _MIXES),
+    levit.Attention: Reason("batch_norm", "its projections are followed by batch normalisations"),
+    volo.OutlookAttention: Reason("outlook", _OUTLOOK),
+    xcit.XCA: Reason("over_channels", _OVER_CHANNELS),
+}
