@@ -18,6 +18,7 @@ from pathlib import Path
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 10)
 TRITON_OF_TORCH = {"2.10": "3.6.0", "2.11": "3.6.0", "2.13": "3.7.1", "2.14": "3.8.0"}
+MODEL_LIBRARIES = ("torchvision", "timm", "transformers", "diffusers", "peft")
 DOWNLOAD = """\
 torch {version} is not installed for {python} and will be downloaded: about 200 MB where
 the package index has a CPU build, 3 GB and more where it has a CUDA build with its libraries (Linux
@@ -86,8 +87,13 @@ def install(python, requirements):
     wanted = dict(ask(python, PARSE, str(requirements)))
     torch = installed.get("torch")
     if torch and numbers(torch) >= OLDEST_TORCH:
-        wanted.pop("torch")
+        pinned = wanted.pop("torch")
         print(f"keeping torch {torch}", flush=True)
+        if torch.split("+")[0] != pinned:
+            # The pinned torchvision would bring its own torch: the models' libraries are left as
+            # they are, and the tests that need them skip.
+            for name in MODEL_LIBRARIES:
+                wanted.pop(name, None)
         if "triton" in installed:
             wanted.pop("triton", None)
         elif "triton" in wanted:

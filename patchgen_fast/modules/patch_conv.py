@@ -14,9 +14,9 @@ from .fused import is_plain_tensor
 from .state import FastLayer
 
 
-def is_patch_conv(conv: nn.Module) -> bool:
+def is_patch_conv(conv: Any) -> bool:
     """Whether a convolution is one product a patch: stride = kernel, and nothing else."""
-    return (
+    return bool(
         type(conv) in (nn.Conv2d, nn.Conv3d)
         and conv.stride == conv.kernel_size
         and prod(conv.kernel_size) > 1

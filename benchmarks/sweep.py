@@ -1,0 +1,346 @@
+"""`swap` held against every attention model of a library: what is replaced, and is it right?
+
+    python benchmarks/sweep.py timm                 # resumes where it stopped
+    python benchmarks/sweep.py timm --shard 0/2     # half of it; the files of shards join
+    python benchmarks/sweep.py timm --table         # the table alone, from what is there
+
+Every model is built on the meta device. Those with attention are then built small (one block a
+stage, few patches), with random weights, and run: eager and swapped are counted while they run, so
+that "fully" means that no softmax, no attention of torch and no convolution that cuts patches was
+left; and `verify` holds the results against float64.
+
+A line of JSON a model goes to `benchmarks/results/sweep-LIBRARY.jsonl` as soon as it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import patchgen_fast
+from patchgen_fast import dispatch
+from patchgen_fast._torchvision import make_importable
+from patchgen_fast.swapping import swap, verify
+
+RESULTS = Path(__file__).parent / "results"
+STATUSES = ("fully", "partly", "refused")
+ATTENTIONS = (
+    F.scaled_dot_product_attention,
+    F.multi_head_attention_forward,
+    F.softmax,
+    torch.softmax,
+    torch.Tensor.softmax,
+)
+CONVOLUTIONS = (F.conv2d, F.conv3d)
+SAMPLE = 10  # one model of so many is run in bfloat16 and with gradients too
+MOST_PARAMETERS = 150_000_000  # of a model that is run; larger ones are left out, and said to be
+
+
+class Counting(TorchFunctionMode):
+    """Counts what torch is asked for: attentions, and convolutions that cut an image in patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attentions = 0
+        self.patch_convolutions = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in ATTENTIONS:
+            self.attentions += 1
+        elif func in CONVOLUTIONS and _cuts_patches(*args, **kwargs):
+            self.patch_convolutions += 1
+        return func(*args, **kwargs)
+
+
+def _cuts_patches(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> bool:
+    kernel = tuple(weight.shape[2:])
+    strides = (stride,) * len(kernel) if isinstance(stride, int) else tuple(stride)
+    unpadded = padding in (0, "valid") or not any(padding)
+    return weight.shape[1] <= 4 and strides == kernel and max(kernel) > 1 and unpadded
+
+
+@dataclass
+class Entry:
+    """What was found for one model."""
+
+    name: str
+    status: str
+    swapped: dict[str, int] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    """Layers that stayed as they were, by class: the reason."""
+    eager: tuple[int, int] | None = None
+    """Attentions and patch convolutions that the eager model runs."""
+    remaining: tuple[int, int] | None = None
+    """Those that the swapped model still leaves to torch."""
+    parity: str = ""
+    sampled: str = ""
+    """Verdict with gradients, and in bfloat16, of the models of the sample."""
+    note: str = ""
+    seconds: float = 0.0
+
+
+def examine(name: str, build: Callable[..., nn.Module], small: Callable, inputs: Callable) -> Entry:
+    """One model, from the meta device to the verdict."""
+    begin = time.monotonic()
+    with torch.device("meta"):
+        whole = build()
+    report = swap(whole, dry_run=True)
+    if not any(row.kind == "attention" for row in report.rows):
+        return Entry(name, "no attention")
+    kinds = Counter(row.kind for row in report.with_action("would swap") if row.kind != "layer")
+    left = {
+        row.cls: row.reason
+        for row in report.with_action("refused", "unsupported")
+        if row.kind in ("attention", "patch_embed")
+    }
+    entry = Entry(name, "refused", dict(kinds), left)
+    if kinds["attention"] or kinds["patch_embed"]:
+        _run(entry, whole, small, inputs)
+    entry.seconds = round(time.monotonic() - begin, 2)
+    return entry
+
+
+def _run(entry: Entry, whole: nn.Module, small: Callable, inputs: Callable) -> None:
+    torch.manual_seed(0)
+    model = small(whole)
+    if model is None:
+        entry.status, entry.note = "partly", "not run: it can't be built small"
+        return
+    model = _lively(model.eval())
+    arguments = inputs(model)
+    with torch.no_grad():
+        with Counting() as eager:
+            model(*arguments)
+        with patchgen_fast.swapped(model), Counting() as fast, dispatch.counting() as ran:
+            model(*arguments)
+    entry.eager = (eager.attentions, eager.patch_convolutions)
+    entry.remaining = (fast.attentions, fast.patch_convolutions)
+    ours = sum(n for call, n in ran.items() if call.startswith(("attention.", "patch_embed.")))
+    if ours:
+        entry.status = "partly" if any(entry.remaining) else "fully"
+    report = verify(model, *arguments, gradients=False)
+    entry.parity = report.verdict
+    if not report.ok:
+        entry.note = str(report)
+    if zlib.crc32(entry.name.encode()) % SAMPLE == 0:
+        verdicts = [verify(model, *arguments)]
+        half = [x.bfloat16() if x.is_floating_point() else x for x in arguments]
+        verdicts.append(verify(model.bfloat16(), *half, gradients=False))
+        entry.sampled = ", ".join(report.verdict for report in verdicts)
+        entry.note += "\n".join(str(report) for report in verdicts if not report.ok)
+
+
+@torch.no_grad()
+def _lively(model: nn.Module) -> nn.Module:
+    """Zeros and tiny scales, as new models have them, would hide mistakes."""
+    for parameter in model.parameters():
+        if parameter.numel() and (parameter.dim() < 2 or parameter.std() < 1e-3):
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+# ------------------------------------------------------------------------------------------- timm
+
+
+def timm_models() -> list[str]:
+    make_importable()
+    import timm
+
+    return list(timm.list_models())
+
+
+def examine_timm(name: str) -> Entry:
+    import timm
+
+    def build(**kwargs: Any) -> nn.Module:
+        return timm.create_model(name, pretrained=False, num_classes=10, **kwargs)
+
+    def small(whole: nn.Module) -> nn.Module | None:
+        """The first of these changes that the constructor takes and that makes it smaller."""
+        stages = max(len(getattr(whole, part, ())) for part in ("layers", "stages"))
+        side = _patch_side(whole) * 5
+        heads = _four_heads(whole)
+        changes: list[dict[str, Any]] = [
+            *([{"depth": 1, "img_size": side, **heads}, {"depth": 1, **heads}] if heads else []),
+            {"depth": 1, "img_size": side},
+            {"depth": 1},
+            {"depths": (1,) * stages},
+            {},
+        ]
+        for change in changes:
+            try:
+                with torch.device("meta"):
+                    candidate = build(**change)
+            except Exception:
+                continue
+            if sum(p.numel() for p in candidate.parameters()) <= MOST_PARAMETERS:
+                return build(**change)
+        return None
+
+    def inputs(model: nn.Module) -> tuple[torch.Tensor]:
+        embed: Any = getattr(model, "patch_embed", None)
+        size = getattr(embed, "img_size", None) or model.pretrained_cfg["input_size"][1:]  # type: ignore[index, union-attr]
+        return (torch.randn(2, 3, *size),)
+
+    return examine(name, build, small, inputs)
+
+
+def _four_heads(model: Any) -> dict[str, int]:
+    """The width of four of the model's heads, where it has plain blocks."""
+    try:
+        heads = model.blocks[0].attn.num_heads
+    except (AttributeError, IndexError, TypeError):
+        return {}
+    width = getattr(model, "embed_dim", None)
+    if not isinstance(width, int) or width % heads or heads <= 4:
+        return {}
+    return {"embed_dim": 4 * (width // heads), "num_heads": 4}
+
+
+def _patch_side(model: nn.Module) -> int:
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", 16)
+    return int(size if isinstance(size, int) else max(size))
+
+
+LIBRARIES: dict[str, tuple[Callable[[], list[str]], Callable[[str], Entry]]] = {
+    "timm": (timm_models, examine_timm),
+}
+
+
+# ------------------------------------------------------------------------------- running, results
+
+
+def _guarded(examine_one: Callable[[str], Entry], name: str) -> Entry:
+    try:
+        return examine_one(name)
+    except Exception as error:  # a model that fails is a finding, and the others are still wanted
+        return Entry(name, "error", note=f"{type(error).__name__}: {error}"[:2000])
+
+
+def run(library: str, shard: tuple[int, int], match: str, quiet: bool) -> Path:
+    """Examine what is not in the file yet; the file's path."""
+    names, examine_one = LIBRARIES[library]
+    index, count = shard
+    part = "" if count == 1 else f".{index}of{count}"
+    path = RESULTS / f"sweep-{library}{part}.jsonl"
+    done = {entry["name"] for entry in read(library)}
+    todo = [n for i, n in enumerate(names()) if i % count == index and match in n and n not in done]
+    with path.open("a") as file:
+        for name in _progress(todo, quiet):
+            file.write(json.dumps(asdict(_guarded(examine_one, name))) + "\n")
+            file.flush()
+    return path
+
+
+def _progress(names: list[str], quiet: bool):
+    """The names, with a bar on a terminal and a line for every 25 elsewhere."""
+    if quiet:
+        yield from names
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(names, "models", console=Console(stderr=True))
+    else:
+        for i, name in enumerate(names):
+            if i % 25 == 0:
+                print(f"[{i}/{len(names)}] {name}", file=sys.stderr, flush=True)
+            yield name
+
+
+def read(library: str) -> list[dict[str, Any]]:
+    """All entries of a library, of whatever shard; a line cut off by an interruption is redone."""
+    entries: dict[str, dict[str, Any]] = {}
+    for path in sorted(RESULTS.glob(f"sweep-{library}*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            entries[entry["name"]] = entry
+    return sorted(entries.values(), key=lambda entry: entry["name"])
+
+
+def table(library: str) -> str:
+    """Markdown: the sums, then the reasons, then whatever failed."""
+    entries = [entry for entry in read(library) if entry["status"] != "no attention"]
+    counts = Counter(entry["status"] for entry in entries)
+    verdicts = Counter(entry["parity"] for entry in entries if entry["parity"])
+    sampled = Counter(entry["sampled"] for entry in entries if entry["sampled"])
+    reasons: dict[tuple[str, str], int] = Counter(
+        (cls, reason) for entry in entries for cls, reason in entry["left"].items()
+    )
+    lines = [
+        f"# swap over {library}",
+        "",
+        f"{len(entries)} models with attention: "
+        + ", ".join(f"{counts[status]} {status}" for status in (*STATUSES, "error"))
+        + ". Fully: while it runs, no softmax, no attention of torch and no convolution that cuts "
+        "an image into patches is left. Written by `python benchmarks/sweep.py "
+        f"{library} --table`.",
+        "",
+        f"Parity against float64 in float32: {_sums(verdicts)}. "
+        f"Sample with gradients, and in bfloat16: {_sums(sampled)}.",
+        "",
+        "| class that stays as it is | reason | models |",
+        "|---|---|---|",
+        *(f"| {cls} | {why} | {n} |" for (cls, why), n in reasons.most_common()),  # type: ignore[attr-defined]
+    ]
+    wrong = [e for e in entries if e["parity"] == "fail" or "fail" in e["sampled"]]
+    odd = [e for e in entries if e["status"] == "error" or e["note"].startswith("not run")]
+    for title, listed in (("Parity failures", wrong), ("Not examined", odd)):
+        if listed:
+            lines += ["", f"## {title}", ""]
+            lines += [f"- {e['name']}: {e['note'].splitlines()[0]}" for e in listed]
+    for status in STATUSES:
+        names = [e["name"] for e in entries if e["status"] == status]
+        lines += ["", f"## {status.capitalize()} ({len(names)})", "", ", ".join(names)]
+    return "\n".join(lines) + "\n"
+
+
+def _sums(counts: Counter) -> str:
+    return ", ".join(f"{n} {what}" for what, n in counts.most_common()) or "none"
+
+
+def _shard(_context: Any, _parameter: Any, text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise click.BadParameter(f"expected INDEX/COUNT as 0/2, got {text!r}")
+    return int(index), int(count)
+
+
+@click.command()
+@click.argument("library", type=click.Choice(list(LIBRARIES)))
+@click.option("--shard", default="0/1", callback=_shard, help="Part of the models, as 0/2 and 1/2.")
+@click.option("--match", default="", help="Only models whose name holds this.")
+@click.option("--table", "only_table", is_flag=True, help="Run nothing, write the table.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def main(library: str, shard: tuple[int, int], match: str, only_table: bool, quiet: bool) -> None:
+    """Hold `swap` against every attention model of LIBRARY. Exit status 3: parity failures."""
+    if not only_table:
+        run(library, shard, match, quiet)
+    text = table(library)
+    path = RESULTS / f"sweep-{library}.md"
+    path.with_suffix(".md.part").write_text(text)
+    path.with_suffix(".md.part").replace(path)
+    click.echo(text.split("\n| class")[0])
+    failed = any(e["parity"] == "fail" or "fail" in e["sampled"] for e in read(library))
+    sys.exit(3 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
