@@ -46,7 +46,8 @@ ATTENTIONS = (
 )
 CONVOLUTIONS = (F.conv2d, F.conv3d)
 SAMPLE = 10  # one model of so many is run in bfloat16 and with gradients too
-MOST_PARAMETERS = 150_000_000  # of a model that is run; larger ones are left out, and said to be
+MOST_PARAMETERS = 60_000_000  # of a model that is run; larger ones are left out, and said to be
+MANY_PARAMETERS = 8_000_000  # from here on, one image and one run of `verify`
 
 
 class Counting(TorchFunctionMode):
@@ -93,7 +94,11 @@ class Entry:
     seconds: float = 0.0
 
 
-def examine(name: str, build: Callable[..., nn.Module], small: Callable, inputs: Callable) -> Entry:
+def examine(
+    name: str,
+    build: Callable[[], nn.Module],
+    small: Callable[[nn.Module], tuple[nn.Module, tuple[Any, ...]] | None],
+) -> Entry:
     """One model, from the meta device to the verdict."""
     begin = time.monotonic()
     with torch.device("meta"):
@@ -109,19 +114,17 @@ def examine(name: str, build: Callable[..., nn.Module], small: Callable, inputs:
     }
     entry = Entry(name, "refused", dict(kinds), left)
     if kinds["attention"] or kinds["patch_embed"]:
-        _run(entry, whole, small, inputs)
+        torch.manual_seed(0)
+        _run(entry, small(whole))
     entry.seconds = round(time.monotonic() - begin, 2)
     return entry
 
 
-def _run(entry: Entry, whole: nn.Module, small: Callable, inputs: Callable) -> None:
-    torch.manual_seed(0)
-    model = small(whole)
-    if model is None:
+def _run(entry: Entry, small: tuple[nn.Module, tuple[Any, ...]] | None) -> None:
+    if small is None:
         entry.status, entry.note = "partly", "not run: it can't be built small"
         return
-    model = _lively(model.eval())
-    arguments = inputs(model)
+    model, arguments = _lively(small[0].eval()), small[1]
     with torch.no_grad():
         with Counting() as eager:
             model(*arguments)
@@ -132,14 +135,15 @@ def _run(entry: Entry, whole: nn.Module, small: Callable, inputs: Callable) -> N
     ours = sum(n for call, n in ran.items() if call.startswith(("attention.", "patch_embed.")))
     if ours:
         entry.status = "partly" if any(entry.remaining) else "fully"
-    report = verify(model, *arguments, gradients=False)
+    runs = 1 if sum(p.numel() for p in model.parameters()) > MANY_PARAMETERS else 3
+    report = verify(model, *arguments, gradients=False, runs=runs)
     entry.parity = report.verdict
     if not report.ok:
         entry.note = str(report)
     if zlib.crc32(entry.name.encode()) % SAMPLE == 0:
-        verdicts = [verify(model, *arguments)]
+        verdicts = [verify(model, *arguments, runs=runs)]
         half = [x.bfloat16() if x.is_floating_point() else x for x in arguments]
-        verdicts.append(verify(model.bfloat16(), *half, gradients=False))
+        verdicts.append(verify(model.bfloat16(), *half, gradients=False, runs=runs))
         entry.sampled = ", ".join(report.verdict for report in verdicts)
         entry.note += "\n".join(str(report) for report in verdicts if not report.ok)
 
@@ -169,34 +173,37 @@ def examine_timm(name: str) -> Entry:
     def build(**kwargs: Any) -> nn.Module:
         return timm.create_model(name, pretrained=False, num_classes=10, **kwargs)
 
-    def small(whole: nn.Module) -> nn.Module | None:
-        """The first of these changes that the constructor takes and that makes it smaller."""
+    def small(whole: nn.Module) -> tuple[nn.Module, tuple[torch.Tensor]] | None:
+        """The model with the first of these changes that it takes and runs with."""
         stages = max(len(getattr(whole, part, ())) for part in ("layers", "stages"))
-        side = _patch_side(whole) * 5
-        heads = _four_heads(whole)
-        changes: list[dict[str, Any]] = [
-            *([{"depth": 1, "img_size": side, **heads}, {"depth": 1, **heads}] if heads else []),
-            {"depth": 1, "img_size": side},
+        shallow: list[dict[str, Any]] = [
+            {"depth": 1, **_four_heads(whole)},
             {"depth": 1},
             {"depths": (1,) * stages},
+            {"serial_depths": (1,) * 4, "parallel_depth": 1},
+            {"depth": ((1, 1, 0),) * 3},  # CrossViT's
             {},
         ]
-        for change in changes:
+        sizes: list[dict[str, Any]] = [{"img_size": _patch_side(whole) * 5}, {"img_size": 64}, {}]
+        for change in (change | size for change in shallow for size in sizes):
             try:
-                with torch.device("meta"):
-                    candidate = build(**change)
+                with torch.device("meta"), torch.no_grad():
+                    candidate = build(**change).eval()
+                    candidate(*inputs(candidate, change))
             except Exception:
                 continue
             if sum(p.numel() for p in candidate.parameters()) <= MOST_PARAMETERS:
-                return build(**change)
+                model = build(**change)
+                return model, inputs(model, change)
         return None
 
-    def inputs(model: nn.Module) -> tuple[torch.Tensor]:
-        embed: Any = getattr(model, "patch_embed", None)
-        size = getattr(embed, "img_size", None) or model.pretrained_cfg["input_size"][1:]  # type: ignore[index, union-attr]
-        return (torch.randn(2, 3, *size),)
+    def inputs(model: nn.Module, change: dict[str, Any]) -> tuple[torch.Tensor]:
+        config: Any = model.pretrained_cfg
+        size = (change["img_size"],) * 2 if "img_size" in change else config["input_size"][1:]
+        many = sum(p.numel() for p in model.parameters()) > MANY_PARAMETERS
+        return (torch.randn(1 if many else 2, 3, *size),)
 
-    return examine(name, build, small, inputs)
+    return examine(name, build, small)
 
 
 def _four_heads(model: Any) -> dict[str, int]:

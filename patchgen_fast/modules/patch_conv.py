@@ -20,7 +20,7 @@ def is_patch_conv(conv: Any) -> bool:
         type(conv) in (nn.Conv2d, nn.Conv3d)
         and conv.stride == conv.kernel_size
         and prod(conv.kernel_size) > 1
-        and all(side == 0 for side in conv.padding)
+        and (conv.padding == "valid" or all(side == 0 for side in conv.padding))
         and all(step == 1 for step in conv.dilation)
         and conv.groups == 1
     )

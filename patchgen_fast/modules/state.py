@@ -34,6 +34,17 @@ class LayerState:
     def __post_init__(self) -> None:
         check_backend(self.backend)
 
+    def install(self, module: nn.Module, target: type[nn.Module]) -> None:
+        """Make a module fast, in place."""
+        module.__dict__["_fast"] = self
+        module.__class__ = target
+
+    def remove(self, module: nn.Module) -> None:
+        """Make it what it was."""
+        if self.original is not None:
+            module.__class__ = self.original
+            del module.__dict__["_fast"]
+
 
 def check_backend(backend: str | None) -> None:
     """ValueError for a backend that does not exist."""

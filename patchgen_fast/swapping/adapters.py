@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from ..modules.patch_conv import is_patch_conv
+from ..modules.state import LayerState
 
 Kind = Literal["attention", "patch_embed", "feed_forward", "layer"]
 
@@ -47,6 +48,7 @@ class Adapter:
     refuse: Callable[[nn.Module], Reason | None] | None = None
     op: str | None = None
     fingerprints: tuple[str, ...] | None = None
+    state: type[LayerState] = LayerState
 
     @property
     def main_op(self) -> str | None:
@@ -62,18 +64,42 @@ class Known:
     targets: dict[type, Adapter] = field(default_factory=dict)
     parts: dict[type, dict[str, Adapter]] = field(default_factory=dict)
     """Layers of general classes, as a bare convolution: class of the whole -> name in it."""
+    rules: list[Callable[[type], Adapter | None]] = field(default_factory=list)
+    """For libraries with many classes that keep one contract."""
+    part_rules: list[Callable[[nn.Module], dict[str, Adapter]]] = field(default_factory=list)
     unsupported: dict[type, Reason] = field(default_factory=dict)
     """Classes that are known, and known not to be what a fast layer does."""
     unusable: dict[str, Reason] = field(default_factory=dict)
     """Libraries whose adapters can't serve the version that is installed."""
 
+    def adapter(self, cls: type) -> Adapter | None:
+        """The adapter of exactly this class, which is not a fast one."""
+        if cls in self.adapters:
+            return self.adapters[cls]
+        return next((found for rule in self.rules if (found := rule(cls))), None)
+
+    def adapter_of_target(self, cls: type) -> Adapter | None:
+        """The adapter that made a layer of this class fast."""
+        return self.targets.get(cls) or self.adapter(cls)
+
+    def parts_of(self, module: nn.Module) -> dict[str, Adapter]:
+        """The layers in a module that are known by their place in it, by name."""
+        found = dict(self.parts.get(type(module), {}))
+        for rule in self.part_rules:
+            found |= rule(module)
+        return found
+
 
 # library -> adapter file. A file defines ADAPTERS, and where it needs them PARTS (class of a whole
-# -> name in it -> adapter) and UNSUPPORTED (class -> Reason).
+# -> name in it -> adapter), UNSUPPORTED (class -> Reason), and the rules `adapter_for` (class) and
+# `parts_of` (module), with TARGETS (fast class -> adapter) of the latter.
 LIBRARIES = {
     "patchgen_fast.models": "patchgen_fast.swapping.patchgen",
     "torch.nn": "patchgen_fast.swapping.torch_nn",
     "timm": "patchgen_fast.swapping.timm",
+    "torchvision.models": "patchgen_fast.swapping.torchvision",
+    "diffusers.models.attention_processor": "patchgen_fast.swapping.diffusers",
+    "transformers.modeling_utils": "patchgen_fast.swapping.transformers",
 }
 
 
@@ -84,13 +110,13 @@ def not_a_patch_conv(module: nn.Module) -> Reason | None:
     return Reason("overlapping", "it is not one product a patch (stride = kernel, no padding)")
 
 
-def fingerprint(cls: type) -> str:
+def fingerprint(cls: type, method: str = "forward") -> str:
     """What a class does and what it is built of, as a short hash of its source.
 
-    Of `__init__` and `forward`, spaces and line ends aside; empty where there is no source.
+    Of `__init__` and the method, spaces and line ends aside; empty where there is no source.
     """
     try:
-        source = inspect.getsource(cls.__init__) + inspect.getsource(cls.forward)  # type: ignore[misc, attr-defined]
+        source = inspect.getsource(cls.__init__) + inspect.getsource(getattr(cls, method))  # type: ignore[misc]
     except (OSError, TypeError, AttributeError):
         return ""
     return hashlib.sha256(" ".join(source.split()).encode()).hexdigest()[:16]
@@ -115,5 +141,10 @@ def known() -> Known:
         for parent, parts in getattr(adapter_file, "PARTS", {}).items():
             table.parts[parent] = parts
             table.targets.update({part.target: part for part in parts.values()})
+        table.targets.update(getattr(adapter_file, "TARGETS", {}))
+        if hasattr(adapter_file, "adapter_for"):
+            table.rules.append(adapter_file.adapter_for)
+        if hasattr(adapter_file, "parts_of"):
+            table.part_rules.append(adapter_file.parts_of)
         table.unsupported.update(getattr(adapter_file, "UNSUPPORTED", {}))
     return table

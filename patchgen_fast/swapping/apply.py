@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..modules.state import LayerState, check_backend, state_of
+from ..modules.state import check_backend, state_of
 from .adapters import Adapter, Known, known
 from .inspection import looks_like, qualified, reason_against, reason_unknown, walk
 from .report import Change, Row, SwapError, SwapReport, restore
@@ -109,7 +109,7 @@ def _parts(model: nn.Module, table: Known) -> dict[nn.Module, Adapter]:
     """The layers that are known by where they are: their class says too little."""
     found = {}
     for whole in model.modules():
-        for path, adapter in table.parts.get(type(whole), {}).items():
+        for path, adapter in table.parts_of(whole).items():
             part: Any = whole
             for name in path.split("."):
                 part = getattr(part, name, None)
@@ -135,7 +135,7 @@ def _decide(
     chosen = backend or "auto"
     state = state_of(module)
     if state is not None:
-        adapter = table.targets.get(cls)
+        adapter = table.adapter_of_target(cls)
         if adapter is None or state.original is None:
             kind = looks_like(module) or "layer"
             return Row(name, kind, shown, "already", state.backend or "auto", "fast_module"), None
@@ -143,7 +143,7 @@ def _decide(
         backend_shown = chosen if wanted else state.backend or "auto"
         row = Row(name, adapter.kind, qualified(state.original), "already", backend_shown)
         return row, adapter if wanted else None
-    adapter = part or table.adapters.get(cls)
+    adapter = part or table.adapter(cls)
     if adapter is None:
         look = "attention" if cls in table.unsupported else looks_like(module)
         if look is None or not options[look] or _is_around_known(module, look, table):
@@ -166,9 +166,9 @@ def _decide(
 
 def _is_around_known(module: nn.Module, kind: str, table: Known) -> bool:
     """Whether it only holds the layer that its name suggests, which has a row of its own."""
-    if type(module) in table.parts:
+    if table.parts_of(module):
         return True
-    found = (table.adapters.get(type(m)) or table.targets.get(type(m)) for m in module.modules())
+    found = (table.adapter_of_target(type(m)) for m in module.modules())
     return any(adapter is not None and adapter.kind == kind for adapter in found)
 
 
@@ -186,9 +186,8 @@ def _replace(
         report._changes.append(Change(module, state, False, state.backend))
         state.backend = backend
     else:
-        state = LayerState(backend, original=type(module))
-        module.__dict__["_fast"] = state
-        module.__class__ = adapter.target
+        state = adapter.state(backend, original=type(module))
+        state.install(module, adapter.target)
         report._changes.append(Change(module, state, True))
     report._modules[name] = module
 

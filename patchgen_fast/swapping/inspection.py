@@ -103,7 +103,7 @@ def reason_unknown(module: nn.Module, table: Known) -> Reason:
     if cls in table.unsupported:
         return table.unsupported[cls]
     for library, problem in table.unusable.items():
-        if cls.__module__.startswith(library):
+        if cls.__module__.split(".")[0] == library.split(".")[0]:
             return problem
     for source in table.adapters:
         if isinstance(module, source):

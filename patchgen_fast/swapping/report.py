@@ -167,12 +167,10 @@ class SwapReport:
 
 
 def restore(module: nn.Module) -> None:
-    """Give one swapped module its class back."""
+    """Make one swapped module what it was."""
     state = state_of(module)
-    if state is None or state.original is None:
-        return
-    module.__class__ = state.original
-    del module.__dict__["_fast"]
+    if state is not None and state.original is not None:
+        state.remove(module)
 
 
 def collapse(rows: Sequence[tuple[str, tuple]]) -> list[tuple[str, tuple]]:

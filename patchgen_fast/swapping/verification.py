@@ -367,10 +367,14 @@ def _weights_like(out: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _floating(tree: Any, prefix: str) -> Tensors:
-    leaves, _ = pytree.tree_flatten_with_path(tree)
+    try:
+        leaves, _ = pytree.tree_flatten_with_path(tree)
+        named = [(pytree.keystr(path), leaf) for path, leaf in leaves]
+    except ValueError:  # a class that some library registered without names for its parts
+        named = [(f"[{i}]", leaf) for i, leaf in enumerate(pytree.tree_leaves(tree))]
     return {
-        f"{prefix}{pytree.keystr(path)}": leaf
-        for path, leaf in leaves
+        f"{prefix}{name}": leaf
+        for name, leaf in named
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     }
 
