@@ -67,6 +67,7 @@ struct AttentionPlan {
   int64_t tasks;
   int64_t chunk;         // blocks of query rows in one task
   int64_t chunks;        // tasks of one (batch, key-value head)
+  int64_t ahead;         // how many tasks later a thread's next one comes, about
   size_t scratch_bytes;  // of each running thread
   int64_t workspace;     // floats that all tasks share
 };

@@ -84,6 +84,12 @@ struct ForwardWorkspace {
   unsigned char* base_;
 };
 
+inline HeadView task_view(const AttentionForward& problem, const AttentionPlan& plan,
+                          int64_t task) {
+  return HeadView(problem, task / plan.chunks / problem.kv_heads,
+                  task / plan.chunks % problem.kv_heads);
+}
+
 template <class Math, class Element>
 class ForwardTask {
  public:
@@ -92,8 +98,8 @@ class ForwardTask {
       : problem_(problem),
         shape_(problem),
         work_(shape_, plan.chunk, scratch),
-        view_(problem, task / plan.chunks / problem.kv_heads,
-              task / plan.chunks % problem.kv_heads),
+        view_(task_view(problem, plan, task)),
+        next_view_(task_view(problem, plan, smaller(task + plan.ahead, plan.tasks - 1))),
         first_block_(task % plan.chunks * plan.chunk),
         last_block_(smaller(first_block_ + plan.chunk, shape_.blocks)) {}
 
@@ -105,7 +111,9 @@ class ForwardTask {
       }
       pack(panel);
       for (int64_t block = first_block_; block < last_block_; ++block) {
+        look_ahead(index, block);
         attend(block_at(block), panel);
+        ahead_.finish();
       }
     }
     if (shape_.panels > 1) {
@@ -117,6 +125,8 @@ class ForwardTask {
   }
 
  private:
+  static constexpr int64_t kElement = sizeof(Element);
+
   // Query rows, and where their running values are kept.
   struct Block : QueryRows {
     float *maxima, *sums, *state;
@@ -133,6 +143,34 @@ class ForwardTask {
     block.sums = work_.sums + slot * kStatRows;
     block.state = work_.state + slot * kBlockRows * shape_.columns;
     return block;
+  }
+
+  void bring(const AttentionTensor& tensor, const HeadView& view, int64_t head, int64_t first,
+             int64_t count) {
+    ahead_.add(view.element<Element>(tensor, head, first), tensor.token * kElement, count,
+               problem_.dim * kElement);
+  }
+
+  // What to bring in while a block is computed: its rows of out, the next block's queries, and its
+  // share of the keys and values of the panel that comes after this one.
+  void look_ahead(int64_t panel, int64_t block) {
+    const Block now = block_at(block);
+    if (shape_.panels == 1) {
+      ahead_.add(out_rows(now), problem_.heads * problem_.dim * kElement, now.rows,
+                 problem_.dim * kElement);
+    }
+    const bool last_panel = panel + 1 == shape_.panels;
+    const HeadView& view = last_panel ? next_view_ : view_;
+    if (block + 1 < last_block_) {
+      const Block next = block_at(block + 1);
+      bring(problem_.query, view_, next.head, next.query, next.rows);
+    }
+    const KeyPanel next = view.panel(last_panel ? 0 : (panel + 1) * shape_.panel, shape_.panel);
+    const int64_t share = divide_up(next.keys, last_block_ - first_block_);
+    const int64_t first = smaller(next.keys, (block - first_block_) * share);
+    const int64_t count = smaller(share, next.keys - first);
+    bring(problem_.key, view, view.kv_head, next.first + first, count);
+    bring(problem_.value, view, view.kv_head, next.first + first, count);
   }
 
   void pack(const KeyPanel& panel) {
@@ -185,14 +223,14 @@ class ForwardTask {
                     problem_.query.token, block.rows, problem_.dim, view_.sign, work_.queries,
                     shape_.query_row);
     multiply_keys<Math>({work_.queries, shape_.query_row}, block.rows, work_.keys, panel.keys,
-                        vectors, shape_.steps, work_.scores, shape_.score_row);
+                        vectors, shape_.steps, work_.scores, shape_.score_row, &ahead_);
     view_.mask(block, panel, work_.scores, shape_.score_row);
   }
 
   // product = P V
   void weigh(const Block& block, int64_t keys) {
     multiply_rows<Math>({work_.scores, shape_.score_row}, block.rows, work_.values, shape_.columns,
-                        divide_up(keys, Math::kGroup), work_.product);
+                        divide_up(keys, Math::kGroup), work_.product, false, &ahead_);
   }
 
   // state = state * decay + product, and the same for the sums.
@@ -216,6 +254,12 @@ class ForwardTask {
     }
   }
 
+  Element* out_rows(const QueryRows& rows) const {
+    return static_cast<Element*>(problem_.out) +
+           ((view_.batch * problem_.queries + rows.query) * problem_.heads + rows.head) *
+               problem_.dim;
+  }
+
   // Normalises `rows` into out, and writes lse.
   void finish(const Block& block, const float* rows) {
     float inverse[kStatRows];
@@ -227,9 +271,7 @@ class ForwardTask {
                   block.rows - r);
     }
     const int64_t token = problem_.heads * problem_.dim;
-    Element* out = static_cast<Element*>(problem_.out) +
-                   (view_.batch * problem_.queries + block.query) * token +
-                   block.head * problem_.dim;
+    Element* out = out_rows(block);
     for (int64_t r = 0; r < block.rows; ++r, rows += shape_.columns, out += token) {
       store_row(out, rows, problem_.dim, inverse[r]);
     }
@@ -238,8 +280,9 @@ class ForwardTask {
   const AttentionForward& problem_;
   const ForwardShape<Math> shape_;
   const ForwardWorkspace<Math> work_;
-  const HeadView view_;
+  const HeadView view_, next_view_;  // of this task, and of the one that the thread has next
   const int64_t first_block_, last_block_;
+  Prefetch ahead_;
 };
 
 // Enough tasks to even out the threads' loads, none so short that copying its keys and values
@@ -262,6 +305,7 @@ AttentionPlan forward_plan(const AttentionForward& problem, int64_t threads) {
   }
   plan.chunks = divide_up(shape.blocks, plan.chunk);
   plan.tasks = groups * plan.chunks;
+  plan.ahead = threads;
   plan.scratch_bytes = ForwardWorkspace<Math>(shape, plan.chunk, nullptr).bytes;
   return plan;
 }

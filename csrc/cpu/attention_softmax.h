@@ -79,12 +79,39 @@ inline void apply_mask(float* scores, int64_t score_row, int64_t rows, int64_t k
   }
 }
 
-template <class Math>
-PATCHGEN_FAST_INLINE void store_probability(float* row, int64_t j, Vec p) {
+// `row[j ...]` as floats, or over the first half of the row as bf16.
+template <class Math, int kVectors>
+PATCHGEN_FAST_INLINE void store_probabilities(float* row, int64_t j, const Vec* p) {
   if constexpr (Math::kGroup == 1) {
-    store(row + j, p);
+    store(row + j, *p);
+  } else if constexpr (kVectors == 1) {
+    store_bits(row + j / 2, to_bf16(*p));
   } else {
-    store_bits(reinterpret_cast<unsigned char*>(row) + j * 2, to_bf16(p));
+#if defined(__AVX512BF16__)
+    store(row + j / 2, to_bf16(p[0], p[1]));
+#endif
+  }
+}
+
+// Scores of kVectors vectors and kRows rows to probabilities, which are added to the rows' sums.
+template <class Math, int kRows, int kVectors>
+PATCHGEN_FAST_INLINE void weigh(float* scores, int64_t score_row, const Vec* center, float factor,
+                                int64_t vector, Vec* sums) {
+  const int64_t j = vector * kLanes;
+  Vec p[kRows * kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows * kVectors; ++i) {
+    const int r = i / kVectors, v = i % kVectors;
+    p[i] = load(scores + r * score_row + j + v * kLanes) - center[r];
+  }
+  exp2_scaled<Math::kExpDegree>(p, broadcast(factor));
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows * kVectors; ++i) {
+    sums[i / kVectors] += p[i];
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    store_probabilities<Math, kVectors>(scores + r * score_row, j, p + r * kVectors);
   }
 }
 
@@ -111,14 +138,12 @@ void softmax_rows(float* scores, int64_t score_row, int64_t vectors, float facto
     maxima[r] = max_lanes(top[r]);
     center[r] = broadcast(maxima[r] == kMinusInfinity ? 0.0f : maxima[r]);
   }
-  for (int64_t v = 0; v < vectors; ++v) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      float* row = scores + r * score_row;
-      const Vec p = exp2_scaled(load(row + v * kLanes) - center[r], broadcast(factor));
-      sum[r] += p;
-      store_probability<Math>(row, v * kLanes, p);
-    }
+  int64_t v = 0;
+  for (; v + Math::kGroup <= vectors; v += Math::kGroup) {
+    weigh<Math, kRows, Math::kGroup>(scores, score_row, center, factor, v, sum);
+  }
+  for (; v < vectors; ++v) {
+    weigh<Math, kRows, 1>(scores, score_row, center, factor, v, sum);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {

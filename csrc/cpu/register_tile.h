@@ -16,18 +16,21 @@
 #include <type_traits>
 
 #include "integers.h"
+#include "prefetch.h"
 #include "simd.h"
 
 namespace patchgen_fast {
 namespace {
 
 struct FloatMath {
-  static constexpr int kGroup = 1;  // numbers in one unit
+  static constexpr int kGroup = 1;      // numbers in one unit
+  static constexpr int kExpDegree = 5;  // of the polynomial that gives them, where they are weights
   PATCHGEN_FAST_INLINE Vec multiply_add(Vec acc, Vec a, Vec b) { return fma(a, b, acc); }
 };
 
 struct PairMath {
   static constexpr int kGroup = 2;
+  static constexpr int kExpDegree = 3;
   PATCHGEN_FAST_INLINE Vec multiply_add(Vec acc, Vec a, Vec b) {
     return dot_pairs(acc, bit_cast<Pairs>(a), bit_cast<Pairs>(b));
   }
@@ -37,8 +40,8 @@ struct PairMath {
 using Bf16Math = std::conditional_t<kHasBf16Dot, PairMath, FloatMath>;
 
 // Steps summed in one run where float32 accuracy is at stake: at 64 steps, two runs instead of one
-// take 1 % longer and a third off the error.
-constexpr int64_t kRun = 32;
+// take 1 % longer and a third off the error. 40 cut 72 and 80 into two, not three.
+constexpr int64_t kRun = 40;
 // With few rows the products wait for memory anyway, and what they are measured against (a
 // matrix-vector product) sums lane by lane.
 constexpr int64_t kFewRows = 4;
@@ -69,9 +72,9 @@ struct Units {
   Units at(int64_t r, int64_t s) const { return {data + r * row + s * step, row, step}; }
 };
 
-template <class Math, int kRows, int kVectors>
+template <class Math, int kRows, int kVectors, bool kAdd>
 void tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
-          int64_t steps, float* c, int64_t c_row, bool add) {
+          int64_t steps, float* c, int64_t c_row) {
   Vec acc[kRows][kVectors] = {};
   for (int64_t step = 0; step < steps; ++step) {
     Vec b_now[kVectors];
@@ -90,77 +93,74 @@ void tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t
     a += a_step;
     b += b_step;
   }
-  if (add) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        acc[r][v] += load(c + r * c_row + v * kLanes);
-      }
-    }
-  }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      store(c + r * c_row + v * kLanes, acc[r][v]);
+      store(c + v * kLanes, kAdd ? acc[r][v] + load(c + v * kLanes) : acc[r][v]);
     }
+    c += c_row;
   }
 }
 
 using Tile = void (*)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*,
-                      int64_t, bool);
+                      int64_t);
 
-template <class Math, int kVectors, int... R>
+template <class Math, int kVectors, bool kAdd, int... R>
 constexpr auto tiles_of_rows(std::integer_sequence<int, R...>) {
   struct Row {
     Tile tiles[sizeof...(R)];
   };
-  return Row{{tile<Math, R + 1, kVectors>...}};
+  return Row{{tile<Math, R + 1, kVectors, kAdd>...}};
 }
 
-// Any number of rows, up to kMaxVectors vectors. With `add`, the product is added to c.
+// Any number of rows, up to kMaxVectors vectors. With `add`, the product is added to c. Between
+// tiles, `ahead` brings in what comes after.
 template <class Math, int kVectors = 1>
 void multiply(Units a, int64_t rows, const float* b, int64_t b_step, int64_t vectors, int64_t steps,
-              float* c, int64_t c_row, bool add = false) {
+              float* c, int64_t c_row, bool add = false, Prefetch* ahead = nullptr) {
   if constexpr (kVectors < kMaxVectors) {
     if (vectors > kVectors) {
-      multiply<Math, kVectors + 1>(a, rows, b, b_step, vectors, steps, c, c_row, add);
+      multiply<Math, kVectors + 1>(a, rows, b, b_step, vectors, steps, c, c_row, add, ahead);
       return;
     }
   }
   constexpr int kRows = max_rows(kVectors);
-  static constexpr auto by_rows =
-      tiles_of_rows<Math, kVectors>(std::make_integer_sequence<int, kRows>{});
+  using Rows = std::make_integer_sequence<int, kRows>;
+  static constexpr auto storing = tiles_of_rows<Math, kVectors, false>(Rows{});
+  static constexpr auto adding = tiles_of_rows<Math, kVectors, true>(Rows{});
+  const Tile* tiles = add ? adding.tiles : storing.tiles;
   for (int64_t r = 0; r < rows; r += kRows) {
     const int64_t count = smaller(rows - r, kRows);
-    by_rows.tiles[count - 1](a.data + r * a.row, a.row, a.step, b, b_step, steps, c + r * c_row,
-                             c_row, add);
+    tiles[count - 1](a.data + r * a.row, a.row, a.step, b, b_step, steps, c + r * c_row, c_row);
+    if (ahead != nullptr) {
+      ahead->advance();
+    }
   }
 }
 
-// The same over a long contraction, whose running sum would gather rounding errors: in runs of at
-// most kRun steps, each summed on its own.
+// The same over a long contraction, whose running sum would gather rounding errors: floats in runs
+// of at most kRun steps, each summed on its own. Beside the rounding of bf16 they do not show.
 template <class Math>
 void multiply_in_runs(Units a, int64_t rows, const float* b, int64_t b_step, int64_t vectors,
-                      int64_t steps, float* c, int64_t c_row) {
-  const int64_t longest = rows <= kFewRows ? kShortRun : kRun;
+                      int64_t steps, float* c, int64_t c_row, Prefetch* ahead = nullptr) {
+  const int64_t longest = Math::kGroup > 1 ? steps : rows <= kFewRows ? kShortRun : kRun;
   const int64_t run = divide_up(steps, larger(1, divide_up(steps, longest)));
   for (int64_t step = 0; step < steps; step += run) {
     multiply<Math>(a.at(0, step), rows, b + step * b_step, b_step, vectors,
-                   smaller(run, steps - step), c, c_row, step > 0);
+                   smaller(run, steps - step), c, c_row, step > 0, ahead);
   }
 }
 
 // Lanes are dims: b holds rows of `columns` units, one row a step; any number of columns.
 template <class Math>
 void multiply_rows(Units a, int64_t rows, const float* b, int64_t columns, int64_t steps, float* c,
-                   bool add = false) {
+                   bool add = false, Prefetch* ahead = nullptr) {
   const int64_t vectors = columns / kLanes;
   for (int64_t first = 0; first < vectors;) {
     const int64_t width = tile_vectors(vectors - first);
     multiply<Math>(a, rows, b + first * kLanes, columns, width, steps, c + first * kLanes, columns,
-                   add);
+                   add, ahead);
     first += width;
   }
 }
@@ -169,12 +169,12 @@ void multiply_rows(Units a, int64_t rows, const float* b, int64_t columns, int64
 // `vectors` vectors of them.
 template <class Math>
 void multiply_keys(Units a, int64_t rows, const float* b, int64_t panel_keys, int64_t vectors,
-                   int64_t steps, float* c, int64_t c_row) {
+                   int64_t steps, float* c, int64_t c_row, Prefetch* ahead = nullptr) {
   const int64_t panel_vectors = divide_up(panel_keys, kLanes);
   for (int64_t first = 0; first < vectors;) {
     const int64_t width = tile_vectors(panel_vectors - first);
     multiply_in_runs<Math>(a, rows, b, width * kLanes, smaller(width, vectors - first), steps,
-                           c + first * kLanes, c_row);
+                           c + first * kLanes, c_row, ahead);
     b += width * kLanes * steps;
     first += width;
   }

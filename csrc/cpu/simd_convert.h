@@ -29,6 +29,13 @@ PATCHGEN_FAST_INLINE Half to_bf16(Vec v) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+// As one vector: `low` in its first half.
+PATCHGEN_FAST_INLINE Vec to_bf16(Vec low, Vec high) {
+  return bit_cast<Vec>(_mm512_cvtne2ps_pbh(high, low));
+}
+#endif
+
 PATCHGEN_FAST_INLINE Vec from_fp16(Half bits) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(bit_cast<__m256i>(bits));

@@ -7,35 +7,77 @@
 namespace patchgen_fast {
 namespace {
 
-// 2^r for r in [-0.5, 0.5] to 1.9e-7, minimax in relative error among the polynomials with p(0) =
-// 1, so that the largest score of a row has weight 1 exactly. A lower degree would do for bf16
-// weights but not for their float32 log-sum-exp.
-PATCHGEN_FAST_INLINE Vec exp2_fraction(Vec r) {
-  Vec p = fma(broadcast(0.00132647272f), r, broadcast(0.00967151268f));
-  p = fma(p, r, broadcast(0.0555073374f));
-  p = fma(p, r, broadcast(0.240222421f));
-  p = fma(p, r, broadcast(0.693146978f));
-  return fma(p, r, broadcast(1.0f));
+// 2^r for r in [-0.5, 0.5], minimax in relative error among the polynomials with p(0) = 1, so that
+// the largest score of a row has weight 1 exactly; highest power first.
+template <int kDegree>
+constexpr float kExp2[kDegree + 1] = {};
+template <>  // to 1.9e-7
+constexpr float kExp2<5>[] = {0.00132647272f, 0.00967151268f, 0.0555073374f,
+                              0.240222421f,   0.693146978f,   1.0f};
+template <>  // to 1.0e-4, for weights that are rounded to bf16
+constexpr float kExp2<3>[] = {0.0550090578f, 0.242210975f, 0.693282898f, 1.0f};
+
+// A vector after the other would fill the scheduler with operations that wait for each other; so
+// all vectors take each step before the next.
+template <int kDegree, int kCount>
+PATCHGEN_FAST_INLINE void exp2_fractions(const Vec (&r)[kCount], Vec (&p)[kCount]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+    p[i] = fma(broadcast(kExp2<kDegree>[0]), r[i], broadcast(kExp2<kDegree>[1]));
+  }
+#pragma GCC unroll 8
+  for (int k = 2; k <= kDegree; ++k) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      p[i] = fma(p[i], r[i], broadcast(kExp2<kDegree>[k]));
+    }
+  }
 }
 
-// 2^(x * factor) where that is at most 2^128. Below 2^-126 the result loses precision and then is
-// 0; -inf gives 0, NaN NaN. The fraction is taken from the exact product, so that x * factor is
-// never rounded: for x of -10 that would be an error of several units in the last place.
-PATCHGEN_FAST_INLINE Vec exp2_scaled(Vec x, Vec factor) {
+// x becomes 2^(x * factor) where that is at most 2^128. Below 2^-126 the result loses precision and
+// then is 0; -inf gives 0, NaN NaN. The fraction is taken from the exact product, so that
+// x * factor is never rounded: for x of -10 that would be an error of several units in the last
+// place.
+template <int kDegree = 5, int kCount>
+PATCHGEN_FAST_INLINE void exp2_scaled(Vec (&x)[kCount], Vec factor) {
+  Vec power[kCount], p[kCount];
 #if defined(__AVX512F__)
-  const Vec n = _mm512_roundscale_ps(x * factor, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_ps(exp2_fraction(fma(x, factor, -n)), n);
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+    power[i] = _mm512_roundscale_ps(x[i] * factor, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    x[i] = fma(x[i], factor, -power[i]);
+  }
+  exp2_fractions<kDegree>(x, p);
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+    x[i] = _mm512_scalef_ps(p[i], power[i]);
+  }
 #else
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum, whence it goes
   // into the exponent. The order of max's operands keeps a NaN, and so does the mask.
-  const Vec product = x * factor;
   const Vec shifter = broadcast(0x1.8p23f);
-  const Vec shifted = max(broadcast(-127.0f), product) + shifter;
-  const Vec p = exp2_fraction(fma(x, factor, shifter - shifted));
-  // Unsigned: what the mask takes off, a hidden score's -inf, may wrap around.
-  const VecUint power = bit_cast<VecUint>(p) + (bit_cast<VecUint>(shifted) << 23);
-  return bit_cast<Vec>(power & ~bit_cast<VecUint>(product <= broadcast(-127.0f)));
+  VecInt kept[kCount];
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+    const Vec product = x[i] * factor;
+    kept[i] = ~(product <= broadcast(-127.0f));
+    power[i] = max(broadcast(-127.0f), product) + shifter;
+    x[i] = fma(x[i], factor, shifter - power[i]);
+  }
+  exp2_fractions<kDegree>(x, p);
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+    // Unsigned: what the mask takes off, a hidden score's -inf, may wrap around.
+    const VecUint bits = bit_cast<VecUint>(p[i]) + (bit_cast<VecUint>(power[i]) << 23);
+    x[i] = bit_cast<Vec>(bits & bit_cast<VecUint>(kept[i]));
+  }
 #endif
+}
+
+PATCHGEN_FAST_INLINE Vec exp2_scaled(Vec x, Vec factor) {
+  Vec only[] = {x};
+  exp2_scaled(only, factor);
+  return only[0];
 }
 
 // base + ln(x) of a positive normal x: x = 2^exponent * m with the fraction m in [sqrt(1/2),
