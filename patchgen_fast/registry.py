@@ -62,10 +62,18 @@ def _always(args: Any) -> bool:
     return True
 
 
+# Asked once: Dynamo of torch 2.11 can't trace the question.
+AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "xpu")
+    if torch.amp.is_autocast_available(device)
+)
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of x; False for devices that have none, as meta."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def counted(call: str, implementation: Callable) -> Callable:

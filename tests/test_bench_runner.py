@@ -134,7 +134,8 @@ def test_resume_refuses_another_commit_or_plan(tmp_path):
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.path.insert(0, {tests!r})
 from bench_fakes import FakeClock, case, empty_result, options, problem
 from patchgen_fast.bench import results, runner

@@ -254,6 +254,8 @@ def main(out: Path, minutes: float, names: tuple[str, ...], rehearse: bool, list
         for step in chosen:
             click.echo(f"{step.name:28s} at most {step.seconds:4.0f} s  {' '.join(step.command)}")
         return
+    # The end of a lease is a SIGTERM: end the running step too, rather than leave it behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     out.mkdir(parents=True, exist_ok=True)
     facts, outcomes = machine(), []
     write(out, facts, outcomes)

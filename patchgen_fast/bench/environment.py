@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def installed(names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            # torch's own word, where it is at hand, also says for which GPU it was built.
+            module = sys.modules.get(name) if name == "torch" else None
+            found[name] = str(getattr(module, "__version__", importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
