@@ -14,14 +14,14 @@ CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 empty :=
 BUILT := $(VENV)/.built-$(PATCHGEN_FAST_BUILD)$(subst ;,_,$(subst $(empty) ,_,$(PATCHGEN_FAST_CUDA_ARCHS)))
 
-.PHONY: help test test-triton bench readme build environment lint format wheel install-check sanitize gpu-code-report gpu clean
+.PHONY: help test test-triton bench demo readme build environment lint format wheel install-check sanitize gpu-code-report gpu clean
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12   the interpreter (3.10 to 3.13); its torch is kept if it is 2.10 or later"
-	@echo "  ARGS=\"...\"          passed to pytest by test, to patchgen-fast bench by bench"
+	@echo "  ARGS=\"...\"          passed to pytest by test, to patchgen-fast bench by bench, ..."
 	@echo "  PATCHGEN_FAST_BUILD=auto|none|cpu|cuda, PATCHGEN_FAST_CUDA_ARCHS=\"80;90a\"   see setup.py"
 
 # Setting up -------------------------------------------------------------------------------------
@@ -67,6 +67,9 @@ test-triton: build ## the Triton kernels, interpreted and compiled ahead of time
 
 bench: build ## the fast layers against eager PyTorch, parity and speed
 	$(BIN)/patchgen-fast bench $(ARGS)
+
+demo: build ## train a generator on scanned digits, draw and evaluate: some minutes, pictures in results/demo
+	$(BIN)/python benchmarks/generator_demo.py $(ARGS)
 
 readme: environment ## the README's benchmark tables, from benchmarks/results
 	$(BIN)/python -m patchgen_fast.bench.readme

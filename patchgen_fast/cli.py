@@ -33,6 +33,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "patchgen_fast.bench.report_command:report",
         "Results of bench as one HTML page, and in other tools' formats.",
     ),
+    "train": (
+        "patchgen_fast.generator.train_command:command",
+        "Train a generator of images, patch by patch; digits in minutes on a CPU.",
+    ),
+    "generate": (
+        "patchgen_fast.generator.generate_command:command",
+        "Draw, complete, reconstruct or vary images with a trained generator.",
+    ),
 }
 
 

@@ -52,6 +52,11 @@ class PatchTransformerConfig:
         return grid_of(self.image_size, self.patch_size)
 
     @property
+    def image_size_pair(self) -> tuple[int, int]:
+        """(H, W) of an image."""
+        return pair(self.image_size)
+
+    @property
     def num_patches(self) -> int:
         """N, the number of patches in an image."""
         rows, columns = self.grid_size

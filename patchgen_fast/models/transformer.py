@@ -25,6 +25,14 @@ from .patches import patchify, unpatchify
 from .positions import position_table
 
 
+def take_places(tokens: Tensor, places: Tensor) -> Tensor:
+    """The tokens `[B or 1, N, E]` at places, int64 `[n]` or `[B, n]`: `[B or 1, n, E]`."""
+    if places.dim() == 1:
+        return tokens[:, places]
+    index = places[..., None].expand(-1, -1, tokens.shape[2])
+    return tokens.expand(len(places), -1, -1).gather(1, index)
+
+
 class Encoder(nn.Module):
     """A vision transformer: images `[B, C, H, W]` to a memory `[B, P + N, E]`."""
 
@@ -60,20 +68,32 @@ class Encoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
 
-    def forward(self, images: Tensor, num_given: int | None = None) -> Tensor:
-        """Encode whole images, or only their first `num_given` patches."""
+    def forward(
+        self, images: Tensor, num_given: int | None = None, *, places: Tensor | None = None
+    ) -> Tensor:
+        """Encode whole images, or only their first `num_given` patches, or those at `places`.
+
+        `places`: int64 numbers of patches, `[n]` or one row an image `[B, n]`; the memory has them
+        in that order.
+        """
         x = self.patch_embed(images, pos_embed=self.pos_embed, prefix=self.prefix)
         if num_given is not None:
             x = x[:, : self.num_prefix_tokens + num_given]
+        if places is not None:
+            prefix, patches = x.tensor_split((self.num_prefix_tokens,), dim=1)
+            x = torch.cat((prefix, take_places(patches, places)), dim=1)
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)
 
 
 class Decoder(nn.Module):
-    """Draws patches one after the other; its `head` turns a token into a patch."""
+    """Draws patches one after the other; its `head` turns a token into a patch.
 
-    def __init__(self, config: PatchTransformerConfig) -> None:
+    Without a head (`head=False`) it is for callers of `states` that have heads of their own.
+    """
+
+    def __init__(self, config: PatchTransformerConfig, *, head: bool = True) -> None:
         super().__init__()
         dim = config.decoder_dim
         self.patch_shape = config.patch_shape
@@ -99,7 +119,8 @@ class Decoder(nn.Module):
             for _ in range(config.decoder_depth)
         )
         self.norm = nn.LayerNorm(dim, config.norm_eps)
-        self.head = PatchUnembed(config.grid_size, config.patch_size, config.channels, dim)
+        if head:
+            self.head = PatchUnembed(config.grid_size, config.patch_size, config.channels, dim)
 
     def new_cache(self, memory: Tensor, steps: int | None = None) -> DecoderCache:
         """An empty cache for drawing `steps` patches (all of the image by default)."""
@@ -107,10 +128,24 @@ class Decoder(nn.Module):
             len(self.layers), steps=steps or self.num_patches, memory_length=memory.shape[1]
         )
 
-    def states(self, x: Tensor, memory: Tensor, cache: DecoderCache | None = None) -> Tensor:
-        """Run embedded inputs `[B, n, E]` through the layers; they follow what the cache holds."""
+    def states(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        cache: DecoderCache | None = None,
+        *,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """Run embedded inputs `[B, n, E]` through the layers; they follow what the cache holds.
+
+        `places`, int64 `[n]` or `[B, n]`, are the numbers of the patches to be drawn from these
+        inputs; by default the next ones row by row.
+        """
         begin = 0 if cache is None else cache.length
-        x = x + self.pos_embed[:, begin : begin + x.shape[1]]
+        if places is None:
+            x = x + self.pos_embed[:, begin : begin + x.shape[1]]
+        else:
+            x = x + take_places(self.pos_embed, places)
         for index, layer in enumerate(self.layers):
             x = layer(x, memory, cache=None if cache is None else cache.layers[index])
         return self.norm(x)
