@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 STOPPED_BY = 128  # plus the signal's number: the exit status of a run that was interrupted
 SHEET_COLUMNS = 10
+EPOCH_AT_LEAST = 250  # steps: where epochs are short, evaluating each would take most of the time
 
 
 @click.command()
@@ -77,7 +78,9 @@ SHEET_COLUMNS = 10
 )
 @click.option("--bf16", is_flag=True, help="Products in bfloat16 (torch.autocast).")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--evaluate-every", type=int, metavar="STEPS", help="[default: an epoch].")
+@click.option(
+    "--evaluate-every", type=int, metavar="STEPS", help="[default: an epoch, at least 250]."
+)
 @click.option(
     "--samples",
     type=int,
@@ -183,7 +186,8 @@ def _plan(options: dict[str, Any]) -> tuple[GeneratorConfig, Any, Data]:
     settings = Settings(
         **{name: options[name] for name in same},
         augment=options["augment"] or ("affine" if small else "flip"),
-        evaluate_every=options["evaluate_every"] or max(1, len(data.train) // options["batch"]),
+        evaluate_every=options["evaluate_every"]
+        or max(EPOCH_AT_LEAST, len(data.train) // options["batch"]),
     )
     return config, settings, data
 
