@@ -529,3 +529,37 @@ def test_a_state_is_only_where_a_swap_put_it():
     swap(model)
     assert state_of(model.encoder.layers[0].attn).original is models.Attention
     assert state_of(model.encoder) is None
+
+
+# --------------------------------------------------------------------------------------- failures
+
+
+def text_of(error):
+    return "\n".join((str(error), *getattr(error, "__notes__", ())))
+
+
+def test_a_failure_inside_a_swapped_layer_names_it_and_the_remedy():
+    model = nn.Sequential(nn.Identity(), models.Attention(32, 4))
+    swap(model)
+    with pytest.raises(ValueError) as caught:
+        model(torch.randn(2, 5, 31))
+    text = text_of(caught.value)
+    assert "layer '1'" in text
+    assert "filter_fn=lambda module, name: not name.startswith('1')" in text
+    assert text.count("patchgen_fast.swap replaced") == 1
+
+
+def test_a_failure_of_a_child_names_the_innermost_swapped_layer_once():
+    model = small()
+    swap(model)
+    broken = model.encoder.layers[1].attn.proj
+
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    broken.register_forward_hook(fail)
+    with pytest.raises(RuntimeError) as caught:
+        model(digits())
+    text = text_of(caught.value)
+    assert "encoder.layers.1" in text
+    assert text.count("patchgen_fast.swap replaced") == 1

@@ -24,12 +24,14 @@ class LayerState:
         original: the class that a swap replaced, which undoing puts back.
         calls: how often the layer ran, compiled runs not counted.
         fell_back: how often it took the eager way, by reason code.
+        name: the layer's qualified name when it was swapped, for errors and attention maps.
     """
 
     backend: str | None = None
     original: type[nn.Module] | None = None
     calls: int = 0
     fell_back: dict[str, int] = field(default_factory=dict)
+    name: str | None = None
 
     def __post_init__(self) -> None:
         check_backend(self.backend)
@@ -55,10 +57,36 @@ def check_backend(backend: str | None) -> None:
         )
 
 
+def explain(error: Exception, state: LayerState | None) -> None:
+    """Add to an error which swapped layer it comes from and how to leave that one out."""
+    if state is None or state.name is None or getattr(error, "_patchgen_fast", False):
+        return
+    error._patchgen_fast = True  # type: ignore[attr-defined]
+    remedy = f"filter_fn=lambda module, name: not name.startswith({state.name!r})"
+    note = (
+        f"This came from the layer {state.name!r}, which patchgen_fast.swap replaced. To leave it "
+        f"as it was: swap(model, {remedy})"
+    )
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    elif error.args and isinstance(error.args[0], str):  # Python 3.10
+        error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
+
+
 class FastLayer:
     """Mixin of every fast layer. Its instances carry a `LayerState` as `_fast`."""
 
     _fast: LayerState
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; an error names the layer."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        try:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        except Exception as error:
+            explain(error, self._fast)
+            raise
 
     def _count_call(self) -> None:
         if not torch.compiler.is_compiling():

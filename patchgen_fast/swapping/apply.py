@@ -186,7 +186,7 @@ def _replace(
         report._changes.append(Change(module, state, False, state.backend))
         state.backend = backend
     else:
-        state = adapter.state(backend, original=type(module))
+        state = adapter.state(backend, original=type(module), name=name)
         state.install(module, adapter.target)
         report._changes.append(Change(module, state, True))
     report._modules[name] = module

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..modules.patch_conv import FastPatchConv2d
 from ..modules.recording import record
-from ..modules.state import LayerState, state_of
+from ..modules.state import LayerState, explain, state_of
 from ..ops.attention import attention
 from .adapters import Adapter, Reason, fingerprint, not_a_patch_conv
 
@@ -48,7 +48,12 @@ def _attend(
         state.calls += 1
     if mask is not None and mask.dtype not in (torch.bool, torch.float32, query.dtype):
         mask = mask.to(query.dtype)
-    out: Any = attention(query, key, value, mask, backend=None if state is None else state.backend)
+    backend = None if state is None else state.backend
+    try:
+        out: Any = attention(query, key, value, mask, backend=backend)
+    except Exception as error:
+        explain(error, state)
+        raise
     record(module, query, key, mask, False, None)
     return out.transpose(1, 2).flatten(2).to(query.dtype)
 

@@ -27,7 +27,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..modules.patch_conv import FastPatchConv2d, FastPatchConv3d, is_patch_conv
 from ..modules.recording import record
-from ..modules.state import LayerState, state_of
+from ..modules.state import LayerState, explain, state_of
 from ..ops.attention import attention
 from .adapters import Adapter, Reason, not_a_patch_conv
 
@@ -99,17 +99,21 @@ def attention_function(
         query.dtype,
     ):
         attention_mask = attention_mask.to(query.dtype)
-    heads: Any = attention(
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-        backend=None if state is None else state.backend,
-    )
+    try:
+        heads: Any = attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+            backend=None if state is None else state.backend,
+        )
+    except Exception as error:
+        explain(error, state)
+        raise
     record(module, query, key, attention_mask, causal, scaling)
     return heads.transpose(1, 2), None
 
