@@ -14,7 +14,7 @@ CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 empty :=
 BUILT := $(VENV)/.built-$(PATCHGEN_FAST_BUILD)$(subst ;,_,$(subst $(empty) ,_,$(PATCHGEN_FAST_CUDA_ARCHS)))
 
-.PHONY: help test test-triton bench demo readme build environment lint format wheel install-check sanitize gpu-code-report gpu clean
+.PHONY: help test test-triton bench demo sweep readme build environment lint format wheel install-check sanitize gpu-code-report gpu clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -70,6 +70,10 @@ bench: build ## the fast layers against eager PyTorch, parity and speed
 
 demo: build ## train a generator on scanned digits, draw and evaluate: some minutes, pictures in results/demo
 	$(BIN)/python benchmarks/generator_demo.py $(ARGS)
+
+SWEEP ?= timm
+sweep: build ## swap over every attention model of SWEEP=timm, held against float64; goes on where it stopped
+	$(BIN)/python benchmarks/sweep.py $(SWEEP) $(ARGS)
 
 readme: environment ## the README's benchmark tables, from benchmarks/results
 	$(BIN)/python -m patchgen_fast.bench.readme

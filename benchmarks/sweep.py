@@ -141,7 +141,7 @@ def _run(entry: Entry, small: tuple[nn.Module, tuple[Any, ...]] | None) -> None:
     if not report.ok:
         entry.note = str(report)
     if zlib.crc32(entry.name.encode()) % SAMPLE == 0:
-        verdicts = [verify(model, *arguments, runs=runs)]
+        verdicts = [verify(model, *arguments)]
         half = [x.bfloat16() if x.is_floating_point() else x for x in arguments]
         verdicts.append(verify(model.bfloat16(), *half, gradients=False, runs=runs))
         entry.sampled = ", ".join(report.verdict for report in verdicts)

@@ -27,6 +27,7 @@ _EXPORTS = {
     "PatchEmbed": "patchgen_fast.modules",
     "PatchUnembed": "patchgen_fast.modules",
     "profile": "patchgen_fast.profiling.api",
+    "attention_maps": "patchgen_fast.swapping",
     "swap": "patchgen_fast.swapping",
     "swapped": "patchgen_fast.swapping",
     "verify": "patchgen_fast.swapping",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .ops.qk_norm_rope import qk_norm_rope as qk_norm_rope
     from .ops.varlen_attention import varlen_attention as varlen_attention
     from .profiling.api import profile as profile
+    from .swapping import attention_maps as attention_maps
     from .swapping import swap as swap
     from .swapping import swapped as swapped
     from .swapping import verify as verify

@@ -17,6 +17,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "patchgen_fast.info:command",
         "Versions, native kernels and why not, instruction sets, caches, backends by op, GPU.",
     ),
+    "plan": (
+        "patchgen_fast.swap_commands:plan",
+        "What swap would do to a model, layer by layer, and why not the rest.",
+    ),
+    "verify": (
+        "patchgen_fast.swap_commands:verify",
+        "Is a swapped model as right as the eager one? Both against float64.",
+    ),
     "bench": (
         "patchgen_fast.bench.command:bench",
         "Parity and speed of the fast layers against eager PyTorch and other peers.",

@@ -25,6 +25,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ._torchvision import make_importable
+
 LIBRARIES = ("timm", "torchvision", "transformers", "patchgen")
 FORMS = "timm:NAME, torchvision:NAME, transformers:CONFIG_CLASS, patchgen:NAME or module:callable"
 TEXT_TOKENS = 64  # of a text that goes with the images
@@ -116,6 +118,7 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def _library(name: str) -> ModuleType:
+    make_importable()  # all of them import torchvision
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
