@@ -37,6 +37,7 @@ struct AttentionInputs {
   const int32_t* query_offset;  // [batch] or null
   bool is_causal;
   float scale;
+  int64_t ahead;  // how many tasks later a thread's next one comes, about; 0: not known
   int64_t lse_head;  // rows of lse, and of its gradient, from one head to the next
 
   // Where a row stands in lse.
@@ -67,7 +68,6 @@ struct AttentionPlan {
   int64_t tasks;
   int64_t chunk;         // blocks of query rows in one task
   int64_t chunks;        // tasks of one (batch, key-value head)
-  int64_t ahead;         // how many tasks later a thread's next one comes, about
   size_t scratch_bytes;  // of each running thread
   int64_t workspace;     // floats that all tasks share
 };

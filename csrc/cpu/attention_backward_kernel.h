@@ -17,6 +17,10 @@
 namespace patchgen_fast {
 namespace {
 
+inline HeadView task_view(const AttentionBackward& problem, int64_t task) {
+  return HeadView(problem, task / problem.kv_heads, task % problem.kv_heads);
+}
+
 template <class Math, class Element>
 class BackwardTask {
  public:
@@ -24,7 +28,9 @@ class BackwardTask {
       : problem_(problem),
         shape_(problem),
         gradient_(problem, shape_, carver),
-        view_(problem, task / problem.kv_heads, task % problem.kv_heads),
+        view_(task_view(problem, task)),
+        next_view_(task_view(problem,
+                             smaller(task + problem.ahead, problem.batch * problem.kv_heads - 1))),
         group_(problem.heads / problem.kv_heads) {
     key_rows_ = carver.floats(shape_.panel / Math::kGroup * shape_.columns);
     grad_key_ = carver.floats(shape_.panel * shape_.columns);
@@ -43,15 +49,14 @@ class BackwardTask {
       clear(grad_query_, group_ * problem_.queries);
     }
     for (int64_t index = 0; index < shape_.panels; ++index) {
-      const int64_t first = index * shape_.panel;
-      const KeyPanel panel = view_.panel(first, smaller(shape_.panel, problem_.keys - first));
+      const KeyPanel panel = panel_at(view_, index);
       pack(panel);
-      for (int64_t head = 0; head < group_; ++head) {
-        for (int64_t block = 0; block < shape_.blocks_per_head; ++block) {
-          differentiate(block_at(head, block), panel);
-        }
+      for (int64_t block = 0; block < blocks(); ++block) {
+        look_ahead(index, block);
+        differentiate(block_at(block), panel);
+        gradient_.ahead.finish();
       }
-      store_keys(first);
+      store_keys(panel.first);
     }
     if (shape_.panels > 1) {
       for (int64_t head = 0; head < group_; ++head) {
@@ -64,8 +69,41 @@ class BackwardTask {
  private:
   int64_t first_head() const { return view_.kv_head * group_; }
 
-  QueryRows block_at(int64_t head, int64_t index) const {
-    return shape_.block(first_head() + head, index, problem_.queries);
+  int64_t blocks() const { return group_ * shape_.blocks_per_head; }
+
+  QueryRows block_at(int64_t index) const {
+    return shape_.block(first_head() + index / shape_.blocks_per_head,
+                        index % shape_.blocks_per_head, problem_.queries);
+  }
+
+  KeyPanel panel_at(const HeadView& view, int64_t index) const {
+    const int64_t first = index * shape_.panel;
+    return view.panel(first, smaller(shape_.panel, problem_.keys - first));
+  }
+
+  // What to bring in while a block is computed: its rows of the queries' gradient, what the next
+  // block reads, and a share of the panel's gradients and of the next panel's keys and values.
+  void look_ahead(int64_t panel, int64_t block) {
+    Prefetch& ahead = gradient_.ahead;
+    const bool last_panel = panel + 1 == shape_.panels;
+    if (last_panel) {
+      const QueryRows now = block_at(block);
+      view_.bring<Element>(ahead,
+                           view_.result(problem_.grad_query, problem_.heads, problem_.queries),
+                           now.head, now.query, now.rows);
+    }
+    if (block + 1 < blocks()) {
+      const QueryRows next = block_at(block + 1);
+      view_.bring<Element>(ahead, problem_.query, next.head, next.query, next.rows);
+      view_.bring<Element>(ahead, problem_.grad_out, next.head, next.query, next.rows);
+    }
+    view_.bring_share<Element>(ahead,
+                               view_.result(problem_.grad_key, problem_.kv_heads, problem_.keys),
+                               view_.result(problem_.grad_value, problem_.kv_heads, problem_.keys),
+                               panel_at(view_, panel), block, blocks());
+    const HeadView& view = last_panel ? next_view_ : view_;
+    view.bring_share<Element>(ahead, problem_.key, problem_.value,
+                              panel_at(view, last_panel ? 0 : panel + 1), block, blocks());
   }
 
   void clear(float* rows, int64_t count) {
@@ -80,12 +118,10 @@ class BackwardTask {
     __builtin_memset(sums, 0, sizeof(float) * static_cast<size_t>(count));
     __builtin_memset(deltas, 0, sizeof(float) * static_cast<size_t>(count));
     for (int64_t index = 0; index < shape_.panels; ++index) {
-      const KeyPanel panel = view_.panel(index * shape_.panel, shape_.panel);
+      const KeyPanel panel = panel_at(view_, index);
       gradient_.pack(view_, panel);
-      for (int64_t head = 0; head < group_; ++head) {
-        for (int64_t block = 0; block < shape_.blocks_per_head; ++block) {
-          gradient_.measure(view_, block_at(head, block), panel);
-        }
+      for (int64_t block = 0; block < blocks(); ++block) {
+        gradient_.measure(view_, block_at(block), panel);
       }
     }
   }
@@ -114,16 +150,17 @@ class BackwardTask {
     pack_across(problem_.query, rows, query_rows_);
     const int64_t steps = divide_up(rows.rows, Math::kGroup);
     multiply_rows<Math>(gradient_.across(gradient_.weights), keys, grad_rows_, shape_.columns,
-                        steps, grad_value_, true);
+                        steps, grad_value_, true, &gradient_.ahead);
     multiply_rows<Math>(gradient_.across(gradient_.scores), keys, query_rows_, shape_.columns,
-                        steps, grad_key_, true);
+                        steps, grad_key_, true, &gradient_.ahead);
     float* grad_query = grad_query_;
     if (shape_.panels > 1) {
       const int64_t row = (rows.head - first_head()) * problem_.queries + rows.query;
       grad_query += row * shape_.columns;
     }
     multiply_rows<Math>(gradient_.by_row(), rows.rows, key_rows_, shape_.columns,
-                        divide_up(keys, Math::kGroup), grad_query, shape_.panels > 1);
+                        divide_up(keys, Math::kGroup), grad_query, shape_.panels > 1,
+                        &gradient_.ahead);
     if (shape_.panels == 1) {
       store_queries(rows, grad_query);
     }
@@ -154,8 +191,8 @@ class BackwardTask {
   const AttentionBackward& problem_;
   const GradientShape<Math> shape_;
   ScoreGradient<Math, Element> gradient_;
-  const HeadView view_;
-  const int64_t group_;  // query heads of the key-value head
+  const HeadView view_, next_view_;  // of this task, and of the one that the thread has next
+  const int64_t group_;              // query heads of the key-value head
   float *key_rows_, *grad_key_, *grad_value_, *query_rows_, *grad_rows_, *grad_query_;
 };
 

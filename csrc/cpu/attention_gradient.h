@@ -154,6 +154,7 @@ class ScoreGradient {
   Units across(const float* matrix) const { return {matrix, 1, shape_.score_row}; }
 
   float *weights, *scores;
+  Prefetch ahead;  // brought in during the products
 
  private:
   int64_t score_row_stride() const { return shape_.panel / 2 + kLanes; }
@@ -176,9 +177,12 @@ class ScoreGradient {
     view.mask(rows, panel, weights, shape_.score_row);
     product(view, problem_.grad_out, rows, panel, 1.0f, values_, scores);
     const float* lse = problem_.lse + lse_row(view, rows);
-    for (int64_t r = 0; r < rows.rows; ++r) {
-      // For +inf instead of an empty row's -inf, every weight is 0.
-      weigh_row(r, lse[r] == kMinusInfinity ? -kMinusInfinity : lse[r], view.to_natural, vectors);
+    int64_t r = 0;
+    for (; r + kRowsAtOnce <= rows.rows; r += kRowsAtOnce) {
+      weigh_rows<kRowsAtOnce>(r, lse + r, view.to_natural, vectors);
+    }
+    for (; r < rows.rows; ++r) {
+      weigh_rows<1>(r, lse + r, view.to_natural, vectors);
     }
   }
 
@@ -188,22 +192,40 @@ class ScoreGradient {
                     problem_.dim, sign, rows_, shape_.query_row);
     multiply_keys<Math>({rows_, shape_.query_row}, rows.rows, panel_keys, panel.keys,
                         divide_up(view.visible(rows, panel), kLanes), shape_.steps, to,
-                        shape_.score_row);
+                        shape_.score_row, &ahead);
   }
 
-  void weigh_row(int64_t row, float lse, float to_natural, int64_t vectors) {
+  static constexpr int kRowsAtOnce = 4;
+
+  template <int kRows>
+  void weigh_rows(int64_t row, const float* lse, float to_natural, int64_t vectors) {
     float* weight = weights + row * shape_.score_row;
     const float* gradient = scores + row * shape_.score_row;
-    Vec sum{}, delta{};
-    for (int64_t v = 0; v < vectors; ++v) {
-      const Vec score = fma(load(weight + v * kLanes), broadcast(to_natural), broadcast(-lse));
-      const Vec p = exp2_scaled(score, broadcast(kLog2e));
-      store(weight + v * kLanes, p);
-      sum += p;
-      delta = fma(p, load(gradient + v * kLanes), delta);
+    Vec shift[kRows], sum[kRows] = {}, delta[kRows] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      // For -inf, of an empty row, stands +inf: every weight is 0.
+      shift[r] = broadcast(lse[r] == kMinusInfinity ? kMinusInfinity : -lse[r]);
     }
-    sums_[row] = sum_lanes(sum);
-    deltas_[row] = sum_lanes(delta);
+    for (int64_t v = 0; v < vectors; ++v, weight += kLanes, gradient += kLanes) {
+      Vec p[kRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        p[r] = fma(load(weight + r * shape_.score_row), broadcast(to_natural), shift[r]);
+      }
+      exp2_scaled<Math::kExpDegree>(p, broadcast(kLog2e));
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        store(weight + r * shape_.score_row, p[r]);
+        sum[r] += p[r];
+        delta[r] = fma(p[r], load(gradient + r * shape_.score_row), delta[r]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      sums_[row + r] = sum_lanes(sum[r]);
+      deltas_[row + r] = sum_lanes(delta[r]);
+    }
   }
 
   // The rows' final statistics: sums_ becomes what P is multiplied by, deltas_ delta - d(lse).

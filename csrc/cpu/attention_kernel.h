@@ -99,7 +99,7 @@ class ForwardTask {
         shape_(problem),
         work_(shape_, plan.chunk, scratch),
         view_(task_view(problem, plan, task)),
-        next_view_(task_view(problem, plan, smaller(task + plan.ahead, plan.tasks - 1))),
+        next_view_(task_view(problem, plan, smaller(task + problem.ahead, plan.tasks - 1))),
         first_block_(task % plan.chunks * plan.chunk),
         last_block_(smaller(first_block_ + plan.chunk, shape_.blocks)) {}
 
@@ -125,8 +125,6 @@ class ForwardTask {
   }
 
  private:
-  static constexpr int64_t kElement = sizeof(Element);
-
   // Query rows, and where their running values are kept.
   struct Block : QueryRows {
     float *maxima, *sums, *state;
@@ -145,32 +143,23 @@ class ForwardTask {
     return block;
   }
 
-  void bring(const AttentionTensor& tensor, const HeadView& view, int64_t head, int64_t first,
-             int64_t count) {
-    ahead_.add(view.element<Element>(tensor, head, first), tensor.token * kElement, count,
-               problem_.dim * kElement);
-  }
-
   // What to bring in while a block is computed: its rows of out, the next block's queries, and its
   // share of the keys and values of the panel that comes after this one.
   void look_ahead(int64_t panel, int64_t block) {
-    const Block now = block_at(block);
     if (shape_.panels == 1) {
-      ahead_.add(out_rows(now), problem_.heads * problem_.dim * kElement, now.rows,
-                 problem_.dim * kElement);
+      const Block now = block_at(block);
+      const AttentionTensor out = view_.result(problem_.out, problem_.heads, problem_.queries);
+      view_.bring<Element>(ahead_, out, now.head, now.query, now.rows);
+    }
+    if (block + 1 < last_block_) {
+      const Block next = block_at(block + 1);
+      view_.bring<Element>(ahead_, problem_.query, next.head, next.query, next.rows);
     }
     const bool last_panel = panel + 1 == shape_.panels;
     const HeadView& view = last_panel ? next_view_ : view_;
-    if (block + 1 < last_block_) {
-      const Block next = block_at(block + 1);
-      bring(problem_.query, view_, next.head, next.query, next.rows);
-    }
-    const KeyPanel next = view.panel(last_panel ? 0 : (panel + 1) * shape_.panel, shape_.panel);
-    const int64_t share = divide_up(next.keys, last_block_ - first_block_);
-    const int64_t first = smaller(next.keys, (block - first_block_) * share);
-    const int64_t count = smaller(share, next.keys - first);
-    bring(problem_.key, view, view.kv_head, next.first + first, count);
-    bring(problem_.value, view, view.kv_head, next.first + first, count);
+    const int64_t first = last_panel ? 0 : (panel + 1) * shape_.panel;
+    view.bring_share<Element>(ahead_, problem_.key, problem_.value, view.panel(first, shape_.panel),
+                              block - first_block_, last_block_ - first_block_);
   }
 
   void pack(const KeyPanel& panel) {
@@ -254,12 +243,6 @@ class ForwardTask {
     }
   }
 
-  Element* out_rows(const QueryRows& rows) const {
-    return static_cast<Element*>(problem_.out) +
-           ((view_.batch * problem_.queries + rows.query) * problem_.heads + rows.head) *
-               problem_.dim;
-  }
-
   // Normalises `rows` into out, and writes lse.
   void finish(const Block& block, const float* rows) {
     float inverse[kStatRows];
@@ -271,7 +254,9 @@ class ForwardTask {
                   block.rows - r);
     }
     const int64_t token = problem_.heads * problem_.dim;
-    Element* out = out_rows(block);
+    Element* out = static_cast<Element*>(problem_.out) +
+                   (view_.batch * problem_.queries + block.query) * token +
+                   block.head * problem_.dim;
     for (int64_t r = 0; r < block.rows; ++r, rows += shape_.columns, out += token) {
       store_row(out, rows, problem_.dim, inverse[r]);
     }
@@ -305,7 +290,6 @@ AttentionPlan forward_plan(const AttentionForward& problem, int64_t threads) {
   }
   plan.chunks = divide_up(shape.blocks, plan.chunk);
   plan.tasks = groups * plan.chunks;
-  plan.ahead = threads;
   plan.scratch_bytes = ForwardWorkspace<Math>(shape, plan.chunk, nullptr).bytes;
   return plan;
 }

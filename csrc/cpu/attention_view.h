@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "attention_softmax.h"
+#include "prefetch.h"
 
 namespace patchgen_fast {
 namespace {
@@ -38,6 +39,31 @@ class HeadView {
   const Element* element(const AttentionTensor& tensor, int64_t head, int64_t token) const {
     return static_cast<const Element*>(tensor.data) + batch * tensor.batch + head * tensor.head +
            token * tensor.token;
+  }
+
+  // A result as the operands are described.
+  AttentionTensor result(const void* data, int64_t heads, int64_t tokens) const {
+    return {data, tokens * heads * inputs_.dim, inputs_.dim, heads * inputs_.dim};
+  }
+
+  // Has `count` rows of a head brought in.
+  template <class Element>
+  void bring(Prefetch& ahead, const AttentionTensor& tensor, int64_t head, int64_t token,
+             int64_t count) const {
+    constexpr int64_t kBytes = sizeof(Element);
+    ahead.add(element<Element>(tensor, head, token), tensor.token * kBytes, count,
+              inputs_.dim * kBytes);
+  }
+
+  // The same of two tensors' rows of a panel: share number `share` of `shares`.
+  template <class Element>
+  void bring_share(Prefetch& ahead, const AttentionTensor& keys, const AttentionTensor& values,
+                   const KeyPanel& panel, int64_t share, int64_t shares) const {
+    const int64_t most = divide_up(panel.keys, shares);
+    const int64_t first = smaller(panel.keys, share * most);
+    const int64_t count = smaller(most, panel.keys - first);
+    bring<Element>(ahead, keys, kv_head, panel.first + first, count);
+    bring<Element>(ahead, values, kv_head, panel.first + first, count);
   }
 
   // The panel's keys that lie within this batch entry's length.

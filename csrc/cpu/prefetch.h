@@ -45,7 +45,7 @@ class Prefetch {
     const char* row;
     int64_t stride, count, bytes;
   };
-  Range queue_[4];
+  Range queue_[8];
   int ranges_ = 0, next_ = 0;
   int64_t line_ = 0;  // offset within the current row
 };
