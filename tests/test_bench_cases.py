@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from patchgen_fast.bench import cases, data, limits, parity, problems
+from patchgen_fast.bench.problems import attention, base, models, patches
 from patchgen_fast.bench.problems.base import Absent, Refused, evaluate, gradients_of
 from patchgen_fast.bench.schema import Calibration, Cost
 
@@ -46,6 +47,30 @@ def test_suites_and_filters():
     twice = cases.select("quick", ops=["attention"], backends=["reference", "cpu"])
     assert {case.backend for case in twice} == {"reference", "cpu"}
     assert len({case.id for case in twice}) == len(twice)
+
+
+def test_backward_alone_is_there_when_it_is_asked_for():
+    asked = cases.select("cpu", phases=["backward"])
+    assert {case.phase for case in asked} == {"backward"}
+    assert {case.op for case in asked} == {case.op for case in CATALOGUE}
+    assert {case.phase for case in cases.select("cpu")} == {"forward", "both"}
+    assert "backward" in {case.phase for case in cases.select("gpu") if case.op == "attention"}
+
+
+@pytest.mark.parametrize("device, shape", [
+    ("cuda", "B128 H12 N197 D64"), ("cuda", "B256 H12 N197 D64"), ("cuda", "B256 H12 N50 D64"),
+    ("cuda", "B256 H16 N197 D32"), ("cuda", "B64 H16 N256 D72"), ("cuda", "B64 H16 N577 D64"),
+    ("cuda", "B32 H16 N729 D72"), ("cuda", "B32 H16 N1024 D72"), ("cuda", "B16 H24 N1370 D64"),
+    ("cuda", "B1 H16 N8192 D64"), ("cuda", "B64 H12 Nq1 Nk256 D64"), ("cpu", "B8 H12 N197 D64"),
+    ("cpu", "B2 H16 N577 D64"), ("cpu", "B1 H16 N729 D72"), ("cpu", "B2 H16 N1024 D72"),
+    ("cpu", "B1 H8 N4096 D64"), ("cpu", "B4 H12 Nq196 Nk77 D64"), ("cpu", "B16 H12 Nq1 Nk1024 D64"),
+    ("cpu", "B8 C3 S224 P16 E768"), ("cpu", "B32 C3 S224 P16 E768"),
+    ("cpu", "B8 C3 S224 P14 E1024"),
+    ("cpu", "B8 C3 S224 P8 E384"), ("cpu", "B8 C4 S64 P2 E1152"), ("cuda", "B256 C3 S224 P16 E768"),
+])  # fmt: skip
+def test_the_shapes_that_targets_were_set_for_are_cases(device, shape):
+    phases = {case.phase for case in CATALOGUE if (case.device, case.shape) == (device, shape)}
+    assert "forward" in phases
 
 
 @pytest.mark.parametrize(
@@ -128,6 +153,34 @@ def test_every_contender_of_an_op_agrees_with_the_truth(key):
     assert roles[0] == "eager" and "ours" in roles
     if case.phase == "both":
         assert any(name.startswith("grad ") for name in truth)
+
+
+PEERS = {
+    ("attention", "cpu"): {"sdpa", "torch.compile", "flex attention", "onnxruntime", "openvino"},
+    ("attention", "cuda"): {
+        *("sdpa", "torch.compile", "flex attention", "sdpa flash", "sdpa cudnn"),
+        *("sdpa efficient", "flash-attn 2", "flash-attn 3", "xformers"),
+    },
+    ("patch_embed", "cpu"): {
+        *("channels_last conv", "unfold + linear", "torch.compile", "onnxruntime", "openvino"),
+    },
+    ("encoder_block", "cpu"): {"torch.compile", "stock operators"},
+    ("patch_transformer", "cpu"): {"torch.compile", "stock operators", "channels_last"},
+}
+
+
+@pytest.mark.parametrize("op, device", PEERS)
+def test_every_peer_has_a_cell(op, device, monkeypatch):
+    original = base.normal
+    for module in (attention, patches, models):  # inputs stay on the CPU: none is run
+        monkeypatch.setattr(
+            module, "normal", lambda case, *a, **k: original(replace(case, device="cpu"), *a, **k)
+        )
+    chosen = next(
+        case for case in CATALOGUE if (case.op, case.device, case.phase) == (op, device, "forward")
+    )
+    contenders = problems.build(small(chosen)).contenders
+    assert {c.name for c in contenders if c.role == "peer"} == PEERS[op, device]
 
 
 def test_attention_cost_is_that_of_the_formula():

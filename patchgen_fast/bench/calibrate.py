@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from patchgen_fast.bench.schema import Calibration
+from patchgen_fast.calibration import Peak, buffer_bytes, calibrate
 
 TRIES = 3  # on a machine whose other work leaves no sample undisturbed
 
@@ -20,7 +21,6 @@ TRIES = 3  # on a machine whose other work leaves no sample undisturbed
 def calibrate_cpu(threads: int, *, samples: int = 25) -> Calibration:
     """Arithmetic and bandwidth with this many threads; the better of read and copy a level."""
     from patchgen_fast import _native
-    from patchgen_fast.calibration import Peak, calibrate
 
     peaks: dict[str, Peak] = {}
     try:
@@ -79,7 +79,8 @@ def _matmul_rate(dtype: torch.dtype, seconds: float, n: int = 768) -> float:
     return 2.0 * n**3 / _best(lambda: torch.mm(a, b), seconds)
 
 
-def _copy_rate(seconds: float, size: int = 1 << 27) -> float:
+def _copy_rate(seconds: float) -> float:
+    size = buffer_bytes([], threads=1)["DRAM"]
     source = torch.randn(size // 4)
     target = torch.empty_like(source)
     return 2.0 * size / _best(lambda: target.copy_(source), seconds)

@@ -260,17 +260,12 @@ def catalogue() -> list[Case]:
     """Every case there is, ops first, then layers, blocks and models."""
     both = ("float32", "bfloat16")
     half = ("bfloat16", "float16")
-    cases = _expand(ATTENTION_CPU, both, ("forward", "both"))
-    cases += _expand(PATCH_EMBED_CPU, both, ("forward", "both"))
-    cases += _expand(OTHER_OPS, both, ("forward", "both"))
-    cases += _expand(LAYERS, both, ("forward", "both"))
-    cases += _expand(MODELS, both, ("forward", "both"))
+    cases = _expand([*ATTENTION_CPU, *PATCH_EMBED_CPU, *OTHER_OPS, *LAYERS, *MODELS], both, PHASES)
     gpu = {"device": "cuda", "threads": (ONE,)}
     cases += _expand(ATTENTION_GPU, half, PHASES, **gpu)  # type: ignore[arg-type]
-    cases += _expand(PATCH_EMBED_GPU, half, ("forward", "both"), **gpu)  # type: ignore[arg-type]
-    cases += _expand(OTHER_OPS, ("bfloat16",), ("forward", "both"), **gpu)  # type: ignore[arg-type]
-    cases += _expand(LAYERS, ("bfloat16",), ("forward", "both"), **gpu)  # type: ignore[arg-type]
-    cases += _expand(MODELS, ("bfloat16",), ("forward", "both"), **gpu)  # type: ignore[arg-type]
+    cases += _expand(PATCH_EMBED_GPU, half, PHASES, **gpu)  # type: ignore[arg-type]
+    rest = [*OTHER_OPS, *LAYERS, *MODELS]
+    cases += _expand(rest, ("bfloat16",), PHASES, **gpu)  # type: ignore[arg-type]
     return cases
 
 
@@ -310,7 +305,7 @@ def select(
         and _passes(case.op, ops)
         and _passes(case.name, names)
         and _passes(case.dtype, dtypes)
-        and _passes(case.phase, phases)
+        and _passes(case.phase, phases or _usual_phases(case))
         and (case.threads == threads if threads else True)
     ]
     if not kept:
@@ -321,6 +316,13 @@ def select(
     if not list(backends):
         return kept
     return [replace(case, backend=backend) for case in kept for backend in backends]
+
+
+def _usual_phases(case: Case) -> tuple[str, ...]:
+    """Backward alone is measured for attention on a GPU, and elsewhere where it is asked for."""
+    if case.device == "cuda" and case.op == "attention":
+        return PHASES
+    return ("forward", "both")
 
 
 def _in_suite(case: Case, suite: str) -> bool:

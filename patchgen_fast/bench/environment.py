@@ -28,6 +28,7 @@ PACKAGES = (
     "xformers",
     "scikit-learn",
     "msgspec",
+    "nvidia-ml-py",
 )
 VARIABLES = (
     "OMP_NUM_THREADS",

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 
-from patchgen_fast.bench import stats
+from patchgen_fast.bench import nvml, stats
 from patchgen_fast.bench.schema import Calibration, CaseResult, GpuTiming, Timing
 from patchgen_fast.bench.timing import Plan, balanced_orders
 
@@ -94,6 +93,7 @@ def measure(result: CaseResult, calls: Mapping[str, Call], plan: Plan) -> None:
         for _ in range(5):
             call()
     torch.cuda.synchronize()
+    result.gpu_before = nvml.read()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
     for rounds, order in enumerate(balanced_orders(list(calls)), 1):
@@ -103,6 +103,8 @@ def measure(result: CaseResult, calls: Mapping[str, Call], plan: Plan) -> None:
         if rounds >= 4 * plan.max_rounds or (rounds >= plan.min_rounds and spent > plan.budget_s):
             break
     result.rounds = rounds
+    result.gpu_after = nvml.read()
+    result.undisturbed = not any(map(nvml.disturbance, (result.gpu_before, result.gpu_after)))
     ours = result.ours
     assert ours is not None
     for cell in result.cells:
@@ -149,24 +151,3 @@ def calibrate() -> Calibration:
         bf16_flops=matmul(torch.bfloat16),
         bandwidth={"copy": rate},
     )
-
-
-def state() -> dict[str, Any]:
-    """Clocks, power, throttle reasons and other processes by nvidia-ml-py; {} without it."""
-    try:
-        import pynvml
-    except ImportError:
-        return {}
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        return {
-            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            "power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000.0,
-            "temperature_c": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-            "throttle_reasons": pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
-            "processes": len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)),
-        }
-    except pynvml.NVMLError:
-        return {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from markupsafe import Markup
 
-from patchgen_fast.bench import svg, tables
+from patchgen_fast.bench import nvml, svg, tables
 from patchgen_fast.bench.schema import OK, Calibration, CaseResult, Cell, ResultFile
 
 PEER_COLOURS = ("c6", "c2", "c4", "c5")  # told apart from ours and from eager
@@ -327,6 +327,11 @@ def row(case: CaseResult, results: Sequence[ResultFile]) -> Row:
             else f"{cell.status}: {cell.reason}",
         )
         for cell in case.cells
+    ]
+    details += [
+        (f"GPU {moment}", nvml.describe(state))
+        for moment, state in (("before", case.gpu_before), ("after", case.gpu_after))
+        if state
     ]
     found = Row(
         list(zip(shown, keys, strict=True)),

@@ -61,6 +61,18 @@ class GpuTiming(msgspec.Struct, kw_only=True):
     peak_memory: int | None = None
 
 
+class GpuState(msgspec.Struct, kw_only=True):
+    """What the GPU was doing at one moment, by NVML."""
+
+    sm_clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
+    power_w: float | None = None
+    temperature_c: int | None = None
+    throttle: list[str] = []
+    processes: int | None = None  # that compute on it, this one among them
+    missing: str = ""  # why fields are empty
+
+
 class Cell(msgspec.Struct, kw_only=True):
     """One contender in one case."""
 
@@ -107,6 +119,8 @@ class CaseResult(msgspec.Struct, kw_only=True):
     rounds: int = 0
     discarded_rounds: int = 0
     undisturbed: bool = True
+    gpu_before: GpuState | None = None
+    gpu_after: GpuState | None = None
     seconds_spent: float = 0.0
 
     def cell(self, name: str) -> Cell | None:

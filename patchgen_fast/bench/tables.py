@@ -18,6 +18,7 @@ HEADINGS = (
     "best other",
     "ours ms",
     "× eager",
+    "× SDPA",
     "× best",
     "of peak",
     "limit",
@@ -73,6 +74,11 @@ def ratio(cell: Cell | None) -> str:
     return f"{r.median:.2f} ({r.low:.2f}–{r.high:.2f})"
 
 
+def sdpa(case: CaseResult) -> Cell | None:
+    """The cell of torch's scaled_dot_product_attention with its own choice of a kernel."""
+    return next((c for c in case.cells if c.name in ("sdpa", "sdpa per sequence")), None)
+
+
 def label(case: CaseResult) -> str:
     """`attention vit_b both, all threads`: what tells the case from others of its shape."""
     text = f"{case.op} {case.case}"
@@ -86,7 +92,7 @@ def row(case: CaseResult) -> list[str]:
     start = [label(case), case.shape, short(case.dtype)]
     if case.status != OK:
         mark = "RED" if case.status == RED else case.status
-        return [*start, "", "", "", f"{mark}: {case.reason}", "", "", "", "", error_pair(case)]
+        return [*start, "", "", "", f"{mark}: {case.reason}", "", "", "", "", "", error_pair(case)]
     ours, eager, best = case.ours, case.eager, case.best_peer
     share, of_limit = percent_of_peak(case), percent_of_limit(case)
     return [
@@ -97,6 +103,7 @@ def row(case: CaseResult) -> list[str]:
         (milliseconds(ours.timing.median) if ours and ours.timing else "")
         + ("" if case.undisturbed else " (disturbed)"),
         ratio(eager),
+        ratio(sdpa(case)),
         ratio(best),
         _percent(share, case),
         ""

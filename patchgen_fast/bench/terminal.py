@@ -14,6 +14,7 @@ NUMBERS = {
     "eager ms",
     "ours ms",
     "× eager",
+    "× SDPA",
     "× best",
     "of peak",
     "× before",

@@ -18,10 +18,11 @@ Tensors = Mapping[str, torch.Tensor | None]
 
 def attention_peers(case: Case, tensors: Tensors) -> list[Contender]:
     """Peers of attention on this case's device."""
-    from patchgen_fast.bench.peers import gpu, onnx_runtime, open_vino
+    from patchgen_fast.bench.peers import onnx_runtime, open_vino, pytorch
 
+    found = pytorch.attention_peers(case, tensors)
     if case.device == "cpu":
-        return [
+        found += [
             Contender(
                 "onnxruntime",
                 "peer",
@@ -32,16 +33,16 @@ def attention_peers(case: Case, tensors: Tensors) -> list[Contender]:
                 "openvino", "peer", lambda: open_vino.attention(case, tensors), forward_only=True
             ),
         ]
-    return gpu.attention_peers(case, tensors)
+    return found
 
 
 def varlen_peers(
     case: Case, tensors: Tensors, offsets: torch.Tensor, longest: int
 ) -> list[Contender]:
     """Peers of attention over packed sequences."""
-    from patchgen_fast.bench.peers import gpu
+    from patchgen_fast.bench.peers import pytorch
 
-    return [] if case.device == "cpu" else gpu.varlen_peers(case, tensors, offsets, longest)
+    return [] if case.device == "cpu" else pytorch.varlen_peers(case, tensors, offsets, longest)
 
 
 def patch_embed_peers(case: Case, tensors: Tensors) -> list[Contender]:

@@ -57,14 +57,19 @@ def build(case: Case) -> Problem:
         exact = run(fresh().double(), torch.float64)  # of the weights as they are rounded
         return Runnable(lambda: _under(sdpa_kernel(SDPBackend.MATH), exact.forward), exact.leaves)
 
-    def ours() -> Runnable:
+    def swapped(backend: str | None) -> Runnable:
         import patchgen_fast
 
         module = fresh()
-        report = patchgen_fast.swap(module, backend=case.backend)
+        report = patchgen_fast.swap(module, backend=backend)
         if not _swapped_anything(report):
             raise Refused("swap replaced nothing")
         return run(module)
+
+    def channels_last() -> Runnable:
+        if not any(isinstance(layer, nn.Conv2d) for layer in make().modules()):
+            raise Refused("no convolution in it")
+        return run(fresh().to(memory_format=torch.channels_last))  # type: ignore[call-overload]
 
     def verify() -> tuple[list[Parity], list[Parity]]:
         import patchgen_fast
@@ -78,13 +83,16 @@ def build(case: Case) -> Problem:
         )
         return parity.from_verify(found)
 
+    # "stock operators" are the same layers made of the best of torch's own: SDPA, unfold + linear.
     return Problem(
         [
             Contender("eager", "eager", lambda: run(fresh())),
             Contender(
                 "torch.compile", "peer", lambda: compiled_module(fresh(), run), slow_start=True
             ),
-            Contender("ours", "ours", ours),
+            Contender("stock operators", "peer", lambda: swapped("torch")),
+            *([Contender("channels_last", "peer", channels_last)] if case.level == "model" else []),
+            Contender("ours", "ours", lambda: swapped(case.backend)),
         ],
         truth,
         _cost(case, make, inputs),

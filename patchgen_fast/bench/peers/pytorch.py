@@ -1,4 +1,5 @@
-"""Peers on the GPU: each SDPA backend, FlexAttention, flash-attn 2 and 3, xFormers.
+"""Peers of attention in PyTorch's own terms: each SDPA backend, FlexAttention, flash-attn 2 and 3,
+xFormers. All but FlexAttention are for GPUs.
 
 Written against their documented interfaces; not measured on the machine this was written on.
 """
@@ -32,21 +33,17 @@ SDPA_BACKENDS = {
 
 
 def attention_peers(case: Case, tensors: Tensors) -> list[Contender]:
-    """Every peer of attention; what is missing says so when it is made."""
-    makers: dict[str, Callable[[], Core]] = {
-        name: partial(_sdpa, backend) for name, backend in SDPA_BACKENDS.items()
-    }
-    makers |= {
-        "flash-attn 2": _flash2,
-        "flash-attn 3": _flash3,
-        "xformers": _xformers,
-        "flex attention": _flex,
-    }
+    """Every peer of attention on this device; what is missing says so when it is made."""
+    makers: dict[str, Callable[[], Core]] = {"flex attention": _flex}
+    if case.device != "cpu":
+        makers |= {name: partial(_sdpa, backend) for name, backend in SDPA_BACKENDS.items()}
+        makers |= {"flash-attn 2": _flash2, "flash-attn 3": _flash3, "xformers": _xformers}
     return [
         Contender(
             name,
             "peer",
             partial(_prepare, make, case, tensors),
+            forward_only=name == "flex attention" and case.device == "cpu",
             slow_start=name == "flex attention",
         )
         for name, make in makers.items()
@@ -62,10 +59,14 @@ def _prepare(make: Callable[[], Core], case: Case, tensors: Tensors) -> Runnable
         runnable = on_leaves(partial(packed, core, case.dims["H"]), tensors)
     else:
         runnable = on_leaves(partial(separate, core), tensors)
+    if case.phase == "forward":  # FlexAttention on the CPU refuses inputs that want a gradient
+        for tensor in runnable.leaves.values():
+            tensor.requires_grad_(False)
     try:
         with torch.inference_mode():
             runnable.forward()
-        torch.cuda.synchronize()
+        if case.device != "cpu":
+            torch.cuda.synchronize()
     except Exception as error:  # each peer has its own class of refusal; its words are shown
         raise Refused(first_line(error)) from error
     return runnable
