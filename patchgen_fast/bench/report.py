@@ -171,8 +171,10 @@ def attention_by_tokens(result: ResultFile) -> list[Figure]:
             groups.setdefault(key, []).append(case)
     found = []
     for (device, threads, dtype, width), cases in sorted(groups.items()):
-        cases = sorted(cases, key=lambda case: _sizes(case)["N"])
-        if len({_sizes(case)["N"] for case in cases}) < 2:
+        # One case for each N, the one with the most heads: a line has one value at a place.
+        cases = sorted(cases, key=lambda case: (_sizes(case)["N"], _heads(case)))
+        cases = list({_sizes(case)["N"]: case for case in cases}.values())
+        if len(cases) < 2:
             continue
         where = f"D {width}, {tables.short(dtype)}, {device}"
         where += f" {threads} thread{'s' if threads != 1 else ''}" if device == "cpu" else ""
@@ -204,7 +206,7 @@ def _against_tokens(cases: list[CaseResult], *, by_time: bool, label: str) -> Ma
             if not cell or not cell.timing or not case.cost:
                 continue
             sizes = _sizes(case)
-            heads, n = sizes["B"] * sizes["H"], sizes["N"]
+            heads, n = _heads(case), sizes["N"]
             quarters = np.quantile(cell.timing.samples, [0.25, 0.5, 0.75])
             if by_time:
                 low, middle, high = (float(q) * 1e6 / heads for q in quarters)
@@ -231,6 +233,12 @@ def _peer_names(cases: Sequence[CaseResult]) -> list[str]:
             if cell.role == "peer" and cell.timing:
                 seen[cell.name] = None
     return list(seen)
+
+
+def _heads(case: CaseResult) -> int:
+    """B · H."""
+    sizes = _sizes(case)
+    return sizes["B"] * sizes["H"]
 
 
 def _sizes(case: CaseResult) -> dict[str, int]:

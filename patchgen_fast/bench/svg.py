@@ -14,7 +14,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 Scale = Callable[[float], float]
-WIDTH = 760
+WIDTH, CHART_WIDTH = 760.0, 560.0  # of bars, which have a row to themselves, and of charts
 
 
 @dataclass
@@ -90,26 +90,35 @@ def margin_of(groups: Sequence[tuple[str, Any]]) -> float:
     return 20.0 + 6.6 * max((len(shortened(name)) for name, _ in groups), default=0)
 
 
-def frame(height: float, label: str, parts: Sequence[Markup]) -> Markup:
+def frame(height: float, label: str, parts: Sequence[Markup], width: float = WIDTH) -> Markup:
     """The svg element around the parts; `label` is what a screen reader says."""
     return Markup(
         '<svg viewBox="0 0 {} {}" role="img" aria-label="{}" xmlns="http://www.w3.org/2000/svg">'
         "{}</svg>"
-    ).format(WIDTH, f"{height:.0f}", label, Markup("").join(parts))
+    ).format(f"{width:.0f}", f"{height:.0f}", label, Markup("").join(parts))
 
 
-def legend(names: Sequence[tuple[str, str]], x: float, y: float) -> list[Markup]:
-    """(text, colour class) entries in one row."""
-    parts = []
+ROW = 18.0  # between the rows of a legend
+
+
+def legend(
+    names: Sequence[tuple[str, str]], left: float, y: float, width: float = WIDTH
+) -> tuple[list[Markup], float]:
+    """(text, colour class) entries in as many rows as they need, and how far down the last is."""
+    parts: list[Markup] = []
+    x = left
     for name, colour in names:
+        needed = 16 + 7.2 * len(name)
+        if x > left and x + needed > width:
+            x, y = left, y + ROW
         parts.append(
             Markup('<rect x="{}" y="{}" width="11" height="11" class="{}"/>').format(
                 f"{x:.0f}", f"{y - 10:.0f}", colour
             )
         )
         parts.append(_text(x + 16, y, name, **{"class": "label"}))
-        x += 16 + 7.2 * len(name) + 24
-    return parts
+        x += needed + 24
+    return parts, y
 
 
 @dataclass(frozen=True)
@@ -128,10 +137,10 @@ def bars(
 ) -> Markup:
     """Horizontal bars in named groups, with a line at 1."""
     left, right, thick = margin_of(groups), 130.0, 15.0
-    top = 34.0
+    parts, top = legend(names, left, 16)
+    top += ROW
     highest = max((bar.high for _, group in groups for bar in group), default=1.0)
     scale = linear_scale(0.0, max(highest, 1.05), left, WIDTH - right)
-    parts: list[Markup] = legend(names, left, 16)
     y = top
     rows: list[Markup] = []
     for name, group in groups:
@@ -171,10 +180,11 @@ def stacked(
     unit: str,
 ) -> Markup:
     """Horizontal stacks: (name, [(value, colour class, title)])."""
-    left, right, thick, top = margin_of(groups), 90.0, 20.0, 34.0
+    left, right, thick = margin_of(groups), 90.0, 20.0
+    parts, top = legend(names, left, 16)
+    top += ROW
     highest = max((sum(v for v, *_ in stack) for _, stack in groups), default=1.0)
     scale = linear_scale(0.0, highest, left, WIDTH - right)
-    parts: list[Markup] = legend(names, left, 16)
     y = top
     for name, stack in groups:
         parts.append(
@@ -214,7 +224,10 @@ def chart(
     height: float = 360.0,
 ) -> Markup:
     """Lines or dots over two axes; `roofs` are named limit lines."""
-    left, right, top, bottom = 62.0, 20.0, 30.0, 46.0
+    left, right, bottom, width = 62.0, 16.0, 46.0, CHART_WIDTH
+    parts, top = legend([(s.name, s.colour) for s in series], left, 16, width)
+    top += ROW - 4
+    height += top - 30.0
     everything = [p for s in series for p in s.points] + [p for _, line in roofs for p in line]
     everything += [
         (x, b)
@@ -226,9 +239,8 @@ def chart(
     spread = 1.25
     x_low, x_high = (min(xs) / spread, max(xs) * spread) if log_x else (0.0, max(xs) * 1.05)
     y_low, y_high = (min(ys) / spread, max(ys) * spread) if log_y else (0.0, max(ys) * 1.08)
-    x_of = (log_scale if log_x else linear_scale)(x_low, x_high, left, WIDTH - right)
+    x_of = (log_scale if log_x else linear_scale)(x_low, x_high, left, width - right)
     y_of = (log_scale if log_y else linear_scale)(y_low, y_high, height - bottom, top)
-    parts: list[Markup] = []
     for tick in log_ticks(x_low, x_high) if log_x else linear_ticks(x_high):
         parts.append(_line(x_of(tick), top, x_of(tick), height - bottom, "grid"))
         parts.append(
@@ -241,7 +253,7 @@ def chart(
             )
         )
     for tick in log_ticks(y_low, y_high) if log_y else linear_ticks(y_high):
-        parts.append(_line(left, y_of(tick), WIDTH - right, y_of(tick), "grid"))
+        parts.append(_line(left, y_of(tick), width - right, y_of(tick), "grid"))
         parts.append(
             _text(left - 6, y_of(tick) + 4, number(tick), text_anchor="end", **{"class": "tick"})
         )
@@ -251,10 +263,9 @@ def chart(
         parts.append(_text(x_of(x), y_of(y) - 5, name, text_anchor="end", **{"class": "tick"}))
     for one in series:
         parts += _drawn(one, x_of, y_of)
-    parts += legend([(s.name, s.colour) for s in series], left, 16)
     parts.append(
         _text(
-            (left + WIDTH - right) / 2,
+            (left + width - right) / 2,
             height - 8,
             x_title,
             text_anchor="middle",
@@ -271,7 +282,7 @@ def chart(
             **{"class": "label"},
         )
     )
-    return frame(height, label, parts)
+    return frame(height, label, parts, width)
 
 
 def _drawn(one: Series, x_of: Scale, y_of: Scale) -> list[Markup]:
