@@ -14,6 +14,7 @@ A line of JSON a model goes to `benchmarks/results/sweep-LIBRARY.jsonl` as soon 
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
@@ -223,8 +224,75 @@ def _patch_side(model: nn.Module) -> int:
     return int(size if isinstance(size, int) else max(size))
 
 
+# ----------------------------------------------------------------------------------- transformers
+
+
+def transformers_models() -> list[str]:
+    """Configuration classes whose base model takes images, and images first."""
+    make_importable()
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    found = []
+    for kind, named in MODEL_MAPPING_NAMES.items():
+        for model in (named,) if isinstance(named, str) else named:
+            try:
+                takes = inspect.signature(getattr(transformers, model).forward).parameters
+            except Exception:  # it needs a package that is not here
+                continue
+            if list(takes)[1:2] in (["pixel_values"], ["pixel_values_videos"]):
+                found.append(CONFIG_MAPPING_NAMES[kind])
+                break
+    return sorted(set(found))
+
+
+def examine_transformers(name: str) -> Entry:
+    import transformers
+
+    config_class = getattr(transformers, name)
+
+    def build(**changes: Any) -> nn.Module:
+        model: nn.Module = transformers.AutoModel.from_config(config_class(**changes))
+        return model
+
+    def small(whole: nn.Module) -> tuple[nn.Module, tuple[torch.Tensor]] | None:
+        side = getattr(config_class(), "patch_size", 8)
+        side = 4 * (side if isinstance(side, int) else max(side))
+        narrow = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+        one = {"num_hidden_layers": 1}
+        for change in (
+            {**narrow, **one, "image_size": side},
+            {**narrow, **one, "image_size": [side, side]},
+            {**one, "image_size": side},
+            {"depths": [1, 1], "num_heads": [2, 4], "embed_dim": 32},
+            one,
+            {},
+        ):
+            try:
+                with torch.device("meta"), torch.no_grad():
+                    candidate = build(**change).eval()
+                    candidate(*inputs(candidate))
+            except Exception:
+                continue
+            if sum(p.numel() for p in candidate.parameters()) <= MOST_PARAMETERS:
+                model = build(**change)
+                return model, inputs(model)
+        return None
+
+    def inputs(model: Any) -> tuple[torch.Tensor]:
+        size = getattr(model.config, "image_size", None) or 224
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        frames = getattr(model.config, "num_frames", getattr(model.config, "frames_per_clip", None))
+        shape = (frames, 3) if frames else (getattr(model.config, "num_channels", 3),)
+        return (torch.randn(1, *shape, height, width),)
+
+    return examine(name, build, small)
+
+
 LIBRARIES: dict[str, tuple[Callable[[], list[str]], Callable[[str], Entry]]] = {
     "timm": (timm_models, examine_timm),
+    "transformers": (transformers_models, examine_transformers),
 }
 
 

@@ -35,7 +35,8 @@ class ProcessorState(LayerState):
         module.processor = PROCESSORS[type(self.processor)]()
 
     def remove(self, module: Any) -> None:
-        module.processor = self.processor
+        if type(module.processor) in PROCESSORS.values():  # else somebody chose another since
+            module.processor = self.processor
         del module.__dict__["_fast"]
 
 

@@ -51,7 +51,8 @@ class InterfaceState(LayerState):
         module.config._attn_implementation_internal = NAME
 
     def remove(self, module: Any) -> None:
-        module.config = self.config
+        if module.config._attn_implementation == NAME:  # else somebody chose another since
+            module.config = self.config
         del module.__dict__["_fast"]
 
 
