@@ -179,7 +179,9 @@ def test_augmentation_is_reproducible_and_leaves_some_images_alone():
     images = torch.rand(64, 1, 8, 8)
 
     def changed(kind, seed=0):
-        return augment(images, kind, torch.Generator().manual_seed(seed))
+        return augment(
+            images, kind, torch.rand(7, 64, generator=torch.Generator().manual_seed(seed))
+        )
 
     assert torch.equal(changed("none"), images)
     assert torch.equal(changed("affine"), changed("affine"))

@@ -125,6 +125,20 @@ def test_a_step_depends_on_its_seed_and_number_only():
     assert not torch.equal(one.noise, other.noise)
 
 
+def test_rows_of_a_step_are_those_of_the_whole_step():
+    data, settings = random_data(), Settings(batch=8)
+    for number in range(6):  # several kinds of tasks
+        whole = new_step(config(order="random"), settings, data.train, number)
+        half = new_step(config(order="random"), settings, data.train, number, slice(4, 8))
+        expected = whole.rows(slice(4, 8), torch.device("cpu"))
+        for ours, theirs in zip(
+            (*half[:2], *half[3:5]), (*expected[:2], *expected[3:5]), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(half.task.order, expected.task.order)
+        assert half.task.given == expected.task.given and half.kind == expected.kind
+
+
 @pytest.mark.parametrize("order", ["raster", "random"])
 @pytest.mark.parametrize("kind", SHARES)
 def test_tasks_leave_something_to_draw(kind, order):
@@ -238,6 +252,32 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
     assert after == before
 
 
+def test_a_limit_of_the_file_system_is_told_by_its_name(tmp_path):
+    """What safetensors raises at a file that may not grow is a FileError too."""
+    resource = pytest.importorskip("resource", reason="limits of POSIX")
+    made = trainer(tmp_path, steps=2)
+    made.train()
+    before = sorted(tmp_path.rglob("*"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    made.step = 7
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(FileError, match="cannot write .*step-00000007"):
+            made.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    made = trainer(tmp_path, steps=20, save_every=5)
+    with torch.no_grad():
+        made.model.decoder.start.fill_(float("nan"))
+    with pytest.raises(ValueError, match="expected a finite loss, got .*nan.* at step 5"):
+        made.train()
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     target = tmp_path / "file"
     target.write_text("old")
@@ -336,7 +376,8 @@ def test_a_batch_that_cannot_be_shared_is_an_error():
     with pytest.raises(ValueError, match="3 processes with 1 parts each share evenly, got 8"):
         world.rows(8, 1)
     rows = [distributed.World(rank, 2, torch.device("cpu")).rows(8, 2) for rank in range(2)]
-    assert rows == [[slice(0, 2), slice(2, 4)], [slice(4, 6), slice(6, 8)]]
+    halves = [slice(0, 2), slice(2, 4)]
+    assert rows == [(slice(0, 4), halves), (slice(4, 8), halves)]
 
 
 def test_a_batch_larger_than_the_data_is_an_error(tmp_path):

@@ -9,15 +9,15 @@ KINDS = ("none", "flip", "affine")
 UNCHANGED = 0.2  # this share of the images stays as it is
 
 
-def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, kind: str, chance: Tensor) -> Tensor:
     """Images `[B, C, H, W]` changed at random; floats from 0 to 1, or uint8 where only flipped.
 
     "flip" mirrors every second image; "affine" turns (7 degrees), stretches (8 %), slants (7
-    degrees) and shifts (6 %) by at most that much, with black beyond the border.
+    degrees) and shifts (6 %) by at most that much, with black beyond the border. `chance` `[7, B]`,
+    uniform from 0 to 1, decides.
     """
     if kind == "none":
         return images
-    chance = torch.rand(7, len(images), generator=generator)
     if kind == "flip":
         mirrored = (chance[0] < 0.5).to(images.device)[:, None, None, None]
         return torch.where(mirrored, images.flip(-1), images)

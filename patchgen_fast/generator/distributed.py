@@ -25,8 +25,8 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def rows(self, batch: int, parts: int) -> list[slice]:
-        """The rows of a batch that are this process's, in as many parts.
+    def rows(self, batch: int, parts: int) -> tuple[slice, list[slice]]:
+        """The rows of a batch that are this process's, and these cut into as many parts.
 
         Raises ValueError unless the batch can be cut evenly.
         """
@@ -35,9 +35,9 @@ class World:
                 f"expected a batch that {self.size} processes with {parts} parts each share "
                 f"evenly, got {batch}; choose a multiple of {self.size * parts}"
             )
-        rows = batch // (self.size * parts)
-        begin = self.rank * parts * rows
-        return [slice(begin + part * rows, begin + (part + 1) * rows) for part in range(parts)]
+        own, part = batch // self.size, batch // (self.size * parts)
+        rows = slice(self.rank * own, (self.rank + 1) * own)
+        return rows, [slice(begin, begin + part) for begin in range(0, own, part)]
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all processes of a tensor on the device."""

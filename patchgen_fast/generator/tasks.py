@@ -77,20 +77,28 @@ def new_task(kind: str, config: GeneratorConfig, batch: int, chance: torch.Gener
     raise ValueError(f"expected a task out of {', '.join(SHARES)}, got {kind!r}")
 
 
-def new_step(config: GeneratorConfig, settings: Settings, data: ImageSet, step: int) -> Step:
-    """Step `step`, counted from 0, for the whole batch, on the CPU."""
+def new_step(
+    config: GeneratorConfig,
+    settings: Settings,
+    data: ImageSet,
+    step: int,
+    rows: slice = slice(None),
+) -> Step:
+    """Step `step`, counted from 0, on the CPU: these rows of it. No other images are loaded."""
     chance = seeded(settings.seed, step)
     batch = settings.batch
-    indices = images_of_step(len(data), batch, settings.seed, step)
-    images = augment(data.load(indices), settings.augment, chance)
+    indices = images_of_step(len(data), batch, settings.seed, step)[rows]
+    of_images = torch.rand(7, batch, generator=chance)[:, rows]
+    images = augment(data.load(indices), settings.augment, of_images)
     weights = torch.tensor(list(SHARES.values()))
     kind = list(SHARES)[int(weights.multinomial(1, generator=chance))]
     untold = settings.label_dropout if kind == "class" else 1 - LABELS_WITH_IMAGES
     labels = data.labels_of(indices)
-    forgotten = torch.rand(batch, generator=chance) < untold
+    forgotten = torch.rand(batch, generator=chance)[rows] < untold
     labels = torch.where(forgotten, config.num_classes, labels)
-    task = new_task(kind, config, batch, chance)
+    task = new_task(kind, config, batch, chance).rows(rows)
     repeats = config.flow_repeats
-    times = torch.rand(repeats, batch, generator=chance)
+    times = torch.rand(repeats, batch, generator=chance)[:, rows]
     shape = (repeats, batch, config.transformer.num_patches, config.patch_dim)
-    return Step(images, labels, task, times, torch.randn(shape, generator=chance), kind)
+    noise = torch.randn(shape, generator=chance)[:, rows]
+    return Step(images, labels, task, times, noise, kind)

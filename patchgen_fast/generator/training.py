@@ -11,7 +11,9 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +80,14 @@ class Trainer:
                 f"expected a batch of at most the {len(self.data.train)} training images, "
                 f"got {rows}; choose a smaller --batch"
             )
-        self.parts = self.world.rows(rows, self.settings.accumulate)
+        self.rows, self.parts = self.world.rows(rows, self.settings.accumulate)
         torch.manual_seed(self.settings.seed)
         self.model = PatchGenerator(self.config).to(self.world.device)
         if self.fast:
             patchgen_fast.swap(self.model)
         self.averaged = AveragedModel(self.model, multi_avg_fn=self._average)
+        self._maker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-step")
+        self._ahead: dict[int, Future[Step]] = {}
 
     def resume(self, path: Path) -> None:
         """Take weights, averages, optimizer and step from a checkpoint of this configuration."""
@@ -117,6 +121,7 @@ class Trainer:
                     done = self.step == self.settings.steps
                     stopped = self.world.any(stop.number is not None)
                     if done or stopped or self.step % self.settings.save_every == 0:
+                        self._check_finite()
                         self.save()
                     if done or self.step % self.settings.evaluate_every == 0:
                         self._evaluate(logbook, meter)
@@ -175,14 +180,13 @@ class Trainer:
                 }
 
     def _one_step(self, logbook: Logbook | None, meter: _Meter | None) -> None:
-        settings = self.settings
-        step = new_step(self.config, settings, self.data.train, self.step)
+        settings, step = self.settings, self._next_step()
         rate = settings.lr_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(seeded(settings.seed + 1 + self.world.rank, self.step).initial_seed())
         self.spread.train()
-        losses = self._backward(step)
+        losses = self._losses = self._backward(step)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -204,6 +208,23 @@ class Trainer:
                 }
                 logbook.record("train", self.step, values)
                 logbook.show(self.step, _line(values))
+
+    def _check_finite(self) -> None:
+        """ValueError, in all processes, after a step whose loss is no number."""
+        if self.world.any(not bool(self._losses.isfinite().all())):
+            raise ValueError(
+                f"expected a finite loss, got {self._losses.tolist()} at step {self.step}; what "
+                "was saved before is untouched: lower --lr in a new run"
+            )
+
+    def _next_step(self) -> Step:
+        """The step that is due; the one after it is made meanwhile, in another thread."""
+        made = partial(new_step, self.config, self.settings, self.data.train, rows=self.rows)
+        due = self._ahead.pop(self.step, None)
+        step = due.result() if due is not None else made(step=self.step)
+        if self.step + 1 < self.settings.steps:
+            self._ahead[self.step + 1] = self._maker.submit(made, step=self.step + 1)
+        return step
 
     def _backward(self, step: Step) -> Tensor:
         """Gradients of the mean loss of a step; the losses `[heads]`, of this process's rows."""
@@ -262,15 +283,16 @@ class _Meter:
     def __init__(self, trainer: Trainer) -> None:
         self._flops_of = FlopCounter(trainer.config)
         peak = peak_flops(trainer.world.device, bf16=trainer.settings.bf16)
-        self._peak = peak and peak * trainer.world.size
+        self._processes = trainer.world.size
+        self._peak = peak and peak * self._processes
         self._restart()
 
     def _restart(self) -> None:
         self._images, self._flops, self._began = 0, 0, time.perf_counter()
 
     def add(self, step: Step) -> None:
-        self._images += len(step.images)
-        self._flops += self._flops_of(step)
+        self._images += self._processes * len(step.images)
+        self._flops += self._processes * self._flops_of(step)
 
     def leave_out(self, seconds: float) -> None:
         """Time that did not go into steps."""
