@@ -19,7 +19,7 @@ from .orders import drawing_order
 from .settings import Settings
 
 # How often a step is about each task.
-SHARES = {"class": 0.5, "completion": 0.2, "reconstruction": 0.2, "variation": 0.1}
+SHARES = {"class": 0.4, "completion": 0.35, "reconstruction": 0.15, "variation": 0.1}
 LABELS_WITH_IMAGES = 0.2  # where patches are seen, the class is told this often
 
 

@@ -60,7 +60,7 @@ EPOCH_AT_LEAST = 250  # steps: where epochs are short, evaluating each would tak
     show_default=True,
     help="In which order patches are drawn.",
 )
-@click.option("--steps", type=int, default=1500, show_default=True, help="Optimizer steps.")
+@click.option("--steps", type=int, default=2000, show_default=True, help="Optimizer steps.")
 @click.option("--batch", type=int, default=64, show_default=True, help="Images a step, in all.")
 @click.option("--accumulate", type=int, default=1, show_default=True, help="Parts of a step.")
 @click.option("--lr", type=float, default=2e-3, show_default=True, help="Highest learning rate.")
