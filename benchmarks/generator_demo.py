@@ -86,7 +86,7 @@ def draw_pictures(run: Path, out: Path, data: Data) -> list[tuple[str, str]]:
         ),
     }  # fmt: skip
     for name, (images, _) in rows.items():
-        pictures.save_sheet(out / name, images, 10, scale=4 if name == "sheet.png" else None)
+        pictures.save_sheet(out / name, images, 10, scale=5 if name == "sheet.png" else None)
     pictures.save_single(out / "originals", real, "digit")
     return [(name, text) for name, (_, text) in rows.items()]
 
