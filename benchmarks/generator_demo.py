@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -113,7 +114,7 @@ def record(path: Path, table: dict, times: dict, settings: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/demo"))
-    parser.add_argument("--record", type=Path, help="also write the figures there, as JSON")
+    parser.add_argument("--record", type=Path, help="also write figures, and the sheet beside them")
     parser.add_argument("--train", default="", help="further options of patchgen-fast train")
     options = parser.parse_args()
     out, began = options.out, time.perf_counter()
@@ -141,6 +142,7 @@ def main() -> None:
         table = json.loads((run / "evaluation.json").read_text())
         settings = checkpoint.describe(checkpoint.find(run)).settings
         record(options.record, table, seconds, settings)
+        shutil.copyfile(out / "sheet.png", options.record.with_suffix(".png"))
     print(
         f"\n{seconds['total']:.0f} s, {seconds['processor time, total']:.0f} s of processor time."
     )

@@ -1,5 +1,6 @@
-"""The README's Python blocks run as they stand, and its links lead somewhere."""
+"""The README's Python blocks run, its links lead somewhere, its figures are those on record."""
 
+import json
 import re
 from pathlib import Path
 
@@ -25,3 +26,13 @@ def test_links_lead_to_files():
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)\)", README)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_figures_of_the_demo_are_those_on_record():
+    table = README.partition("<!-- demo:begin -->")[2].partition("<!-- demo:end -->")[0]
+    shown = re.findall(r"^\| ([a-z].*?) \| ([0-9.]+) \|", table, flags=re.MULTILINE)
+    record = json.loads((ROOT / "benchmarks" / "results" / "digits-demo.json").read_text())
+    assert len(shown) >= 6
+    for name, figure in shown:
+        digits = len(figure.partition(".")[2])
+        assert figure == f"{record['evaluation'][name]:.{digits}f}", name

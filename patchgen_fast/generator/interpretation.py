@@ -44,7 +44,9 @@ def attention_maps(
     The same for an eager and for a swapped model: the weights are computed from what goes into the
     attention layers, beside them.
     """
-    source = images if seen_in is None else seen_in
+    device = model.label.weight.device
+    source = (images if seen_in is None else seen_in).to(device)
+    images, labels, task = images.to(device), labels.to(device), task.to(device)
     found = AttentionMaps([], [], [])
     with ExitStack() as hooks:
         layer: Any

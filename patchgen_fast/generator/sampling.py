@@ -42,7 +42,7 @@ def drawing(
     of it. After the first two steps a step allocates nothing that stays.
 
     Args:
-        model: in eval mode.
+        model: in eval mode; everything else is moved to its device.
         labels: int64 `[B]`, `model.none` where no class is asked for.
         task: order of drawing, what the encoder sees, and how many patches are given.
         noise: `[B, N, d]`, see `noise_for`.
@@ -62,6 +62,9 @@ def drawing(
         raise ValueError("expected images for a task that sees or is given patches, got none")
     model.check_labels(labels)
 
+    device = model.label.weight.device
+    labels, task = labels.to(device), task.to(device)
+    images = None if images is None else images.to(device)
     order = task.order.expand(len(labels), -1)
     memory = model.memory(labels, None if task.seen is None else images, task.seen)
     copies = 1
@@ -104,7 +107,7 @@ def sample(
     options: SamplingOptions = GENERATE,
     use_cache: bool = True,
 ) -> Tensor:
-    """Images `[B, C, H, W]`, floats from 0 to 1, drawn at most `batch` at a time; see `drawing`."""
+    """Images `[B, C, H, W]` from 0 to 1 on the CPU, drawn at most `batch` at a time; see `drawing`."""
     finished = []
     for begin in range(0, max(1, len(labels)), batch):
         part = slice(begin, begin + batch)
@@ -123,5 +126,5 @@ def sample(
         if canvas is None:  # everything was given
             assert images is not None
             canvas = patchify(images[part], model.config.transformer.patch_size)
-        finished.append(unpatchify(canvas, model.config.transformer.grid_size))
+        finished.append(unpatchify(canvas, model.config.transformer.grid_size).cpu())
     return torch.cat(finished)
