@@ -107,7 +107,7 @@ def sample(
     options: SamplingOptions = GENERATE,
     use_cache: bool = True,
 ) -> Tensor:
-    """Images `[B, C, H, W]` from 0 to 1 on the CPU, drawn at most `batch` at a time; see `drawing`."""
+    """Images `[B, C, H, W]` from 0 to 1, on the CPU; drawn `batch` at a time, see `drawing`."""
     finished = []
     for begin in range(0, max(1, len(labels)), batch):
         part = slice(begin, begin + batch)
