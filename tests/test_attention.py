@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from cases.attention import NAMED, REPRESENTATIVE, SWEPT, Case, call, check, compare, problem
+import torch
+from cases.attention import (
+    DECODING,
+    DTYPES,
+    NAMED,
+    REPRESENTATIVE,
+    SWEPT,
+    Case,
+    call,
+    check,
+    compare,
+    problem,
+)
 from oracle import Target, explicit_gradients, explicit_pairs
 
 
@@ -21,6 +35,23 @@ def test_sweep(case: Case, target: Target) -> None:
 @pytest.mark.parametrize("name", NAMED)
 def test_named(name: str, target: Target) -> None:
     check(NAMED[name], target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", DECODING, ids=str)
+def test_few_queries(case: Case, dtype: torch.dtype, target: Target) -> None:
+    check(replace(case, dtype=dtype, gradients=False), target)
+
+
+@pytest.mark.parametrize("case", [c for c in DECODING if c.keys > 512], ids=str)
+def test_few_queries_of_few_heads_split_between_threads(case: Case) -> None:
+    # One batch entry, so that threads are more than heads.
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        check(replace(case, batch=1, gradients=False), Target("cpu", "cpu"))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("forward", "backward"), explicit_pairs("attention"))

@@ -4,6 +4,7 @@
 
 #include "../counters.h"
 #include "attention.h"
+#include "attention_decode.h"
 #include "boundary.h"
 #include "kernels.h"
 
@@ -56,12 +57,32 @@ void read_inputs(AttentionInputs& inputs, const Tensor& query, const Tensor& key
   inputs.lse_head = inputs.queries;
 }
 
+// Few queries: their keys and values are streamed.
+void decode(AttentionDecode& problem) {
+  Parallel threads = torch_parallel();
+  threads.threads = AttentionDecode::useful_threads(problem, threads.threads);
+  const AttentionPlan plan = kernels().attention_decode_plan(problem, threads.threads);
+  std::optional<Tensor> partial;
+  if (plan.workspace > 0) {
+    partial = torch::stable::empty({plan.workspace}, ScalarType::Float);
+    problem.partial = static_cast<float*>(partial->mutable_data_ptr());
+  }
+  for_each_task(threads, plan.tasks, plan.scratch_bytes, [&](int64_t task, void* scratch) {
+    kernels().attention_decode(problem, plan, task, scratch);
+  });
+  if (plan.chunks > 1) {
+    for_each_task(threads, plan.tasks / plan.chunks, 0, [&](int64_t task, void*) {
+      kernels().attention_decode_join(problem, plan, task);
+    });
+  }
+}
+
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value,
                                      OptionalTensor attn_mask, OptionalTensor kv_lengths,
                                      OptionalTensor query_offset, bool is_causal, double scale) {
   static CallCounter calls("attention.cpu");
   calls.add();
-  AttentionForward problem{};
+  AttentionDecode problem{};
   read_inputs(problem, query, key, value, attn_mask, kv_lengths, query_offset, is_causal, scale);
   Tensor out = empty_rows(query);
   Tensor lse =
@@ -69,11 +90,15 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value,
   problem.out = out.mutable_data_ptr();
   problem.lse = static_cast<float*>(lse.mutable_data_ptr());
 
-  const Parallel threads = torch_parallel();
-  const AttentionPlan plan = kernels().attention_plan(problem, threads.threads);
-  for_each_task(threads, plan.tasks, plan.scratch_bytes, [&](int64_t task, void* scratch) {
-    kernels().attention_forward(problem, plan, task, scratch);
-  });
+  if (AttentionDecode::takes(problem)) {
+    decode(problem);
+  } else {
+    const Parallel threads = torch_parallel();
+    const AttentionPlan plan = kernels().attention_plan(problem, threads.threads);
+    for_each_task(threads, plan.tasks, plan.scratch_bytes, [&](int64_t task, void* scratch) {
+      kernels().attention_forward(problem, plan, task, scratch);
+    });
+  }
   return {out, lse};
 }
 

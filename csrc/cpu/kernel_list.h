@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.h"
+#include "attention_decode.h"
 #include "gemm_outer.h"
 #include "gemm_sums.h"
 #include "layer_norm.h"
@@ -15,6 +16,9 @@
 #define PATCHGEN_FAST_KERNELS(KERNEL) \
   KERNEL(attention_plan, AttentionPlan(const AttentionForward&, int64_t threads)) \
   KERNEL(attention_forward, void(const AttentionForward&, const AttentionPlan&, int64_t task, void* scratch)) \
+  KERNEL(attention_decode_plan, AttentionPlan(const AttentionDecode&, int64_t threads)) \
+  KERNEL(attention_decode, void(const AttentionDecode&, const AttentionPlan&, int64_t task, void* scratch)) \
+  KERNEL(attention_decode_join, void(const AttentionDecode&, const AttentionPlan&, int64_t task)) \
   KERNEL(attention_backward_plan, AttentionPlan(const AttentionBackward&)) \
   KERNEL(attention_backward, void(const AttentionBackward&, int64_t task, void* scratch)) \
   KERNEL(attention_mask_gradient_plan, AttentionPlan(const AttentionBackward&)) \

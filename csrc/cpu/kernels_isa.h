@@ -6,6 +6,7 @@
 // would stop an older CPU with SIGILL; the build checks with nm that there is none. Hence: no
 // std:: containers, no exceptions, no allocation in kernels.
 #include "attention_backward_kernel.h"
+#include "attention_decode_kernel.h"
 #include "attention_kernel.h"
 #include "attention_mask_gradient_kernel.h"
 #include "gemm_outer_kernel.h"

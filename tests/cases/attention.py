@@ -417,6 +417,20 @@ for _shape in MASK_SHAPES:
             nq=50, nk=65, dim=40, mask=f"{_kind}:{_values}:{_shape}", dtype=_dtype, batch=3
         )
 
+# Few queries, which a kernel may stream keys and values for: up to and beyond what it takes. No
+# gradients: a cache is decoded for inference.
+DECODING = [
+    Case(nq=1, nk=1024, dim=64, heads=(12, 12), lengths=True),
+    Case(nq=1, nk=1030, dim=64, heads=(12, 3), lengths=True, mask="bool:blocks:b11k"),
+    Case(nq=2, nk=577, dim=72, heads=(6, 3), causal="bottom_right", layout="sliced"),
+    Case(nq=3, nk=300, dim=80, heads=(4, 4), mask="float32:inf_rows:bhqk"),
+    Case(nq=4, nk=257, dim=128, heads=(8, 2), causal="tensor", lengths=True, layout="dense"),
+    Case(nq=5, nk=65, dim=33, heads=(3, 1), mask="same:large:b1qk", causal="bottom_right"),
+    Case(nq=7, nk=130, dim=256, heads=(2, 1), layout="batch_last", scale=-0.2),
+    Case(nq=8, nk=2100, dim=40, heads=(2, 2), causal="bottom_right", values="huge"),
+    Case(nq=9, nk=100, dim=64, heads=(6, 3)),
+]
+
 # What every instruction set runs.
 REPRESENTATIVE = [
     Case(nq=nq, dim=dim, dtype=dtype, **extra)
@@ -426,6 +440,7 @@ REPRESENTATIVE = [
         (65, 72, {"mask": "float32:inf_rows:b1qk", "lengths": True}),
         (50, 33, {"causal": "tensor", "nk": 77, "layout": "sliced", "heads": (4, 2)}),
         (1, 128, {"nk": 257, "causal": "bottom_right"}),
+        (3, 72, {"nk": 200, "causal": "bottom_right", "heads": (4, 2), "lengths": True}),
         (64, 256, {"mask": "bool:inf_rows:bhqk", "layout": "strided"}),
     )
 ]
