@@ -131,6 +131,17 @@ def test_an_unwritable_place_is_a_usage_error(fake, tmp_path):
     assert "cannot write" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "option",
+    [("--markdown", "file/x.md"), ("--plot", "file/x.png"), ("--export", "junit=file/x.xml")],
+)
+def test_what_can_not_be_written_is_said_before_anything_is_measured(fake, tmp_path, option):
+    (tmp_path / "file").write_text("mine")
+    done = run("bench", "--quick", *option)
+    assert done.exit_code == 2 and "cannot write" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_unknown_names_are_usage_errors():
     for arguments in (["--suite", "fast"], ["--op", "conv"], ["--backend", "fpga"]):
         done = run("bench", *arguments)

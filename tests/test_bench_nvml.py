@@ -134,7 +134,7 @@ def test_a_timed_case_keeps_the_state_before_and_after(card, monkeypatch, proces
     gpu_timing.measure(result, {"eager": lambda: 4e-3, "us": lambda: 2e-3}, bench_fakes.PLAN)
     assert result.gpu_before.power_w == result.gpu_after.power_w == 655.4
     assert result.undisturbed == undisturbed
-    assert result.eager.speedup_of_ours.median == 2.0 and result.ours.gpu.peak_memory == 100
+    assert result.eager.speedup_of_ours.median == 2.0 and result.ours.peak_memory == 100
     shown = dict(report.row(result, []).details)
     assert "1980 MHz" in shown["GPU before"] and "655 W" in shown["GPU after"]
 

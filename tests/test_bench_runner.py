@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -41,6 +42,18 @@ def test_a_good_case_has_times_and_paired_ratios(tmp_path):
     # 1e6 flop at 1e9 flop/s take 1 ms, half of what was measured; 1e3 bytes at 1e8 take 10 us
     assert found.cost.limit == "products"
     assert tables.percent_of_limit(found) == pytest.approx(50.0)
+
+
+def test_peak_memory_is_that_of_torchs_allocator(tmp_path):
+    def build(clock):
+        made = problem(clock, TIMES)
+        made.contenders[1] = dataclasses.replace(made.contenders[1], own_memory=True)
+        return made
+
+    found = run_one(tmp_path, build)
+    # 16 floats and their double, in blocks of 64 bytes: what the fake problem's contender holds
+    assert found.ours.peak_memory == found.eager.peak_memory >= 2 * 16 * 4
+    assert found.cell("sdpa").peak_memory is None
 
 
 def test_red_parity_of_ours_leaves_no_number_anywhere(tmp_path):

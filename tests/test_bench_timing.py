@@ -85,7 +85,7 @@ def test_a_sample_that_waited_for_the_processor_is_thrown_away(single_thread):
     assert longest == pytest.approx(1e-3 if single_thread else 6e-3)
 
 
-def test_a_machine_that_is_never_quiet_is_reported_not_hidden():
+def test_a_machine_that_is_never_quiet_is_reported_and_the_time_worked_is_kept():
     clock = FakeClock()
 
     def always_waiting():
@@ -94,6 +94,26 @@ def test_a_machine_that_is_never_quiet_is_reported_not_hidden():
     samples = timing.measure({"a": always_waiting}, PLAN, clock=clock)
     assert not samples.undisturbed
     assert samples.rounds == samples.discarded >= PLAN.min_rounds
+    assert samples.seconds["a"] == pytest.approx([1e-3] * samples.rounds)
+
+
+@pytest.mark.parametrize("single_thread", [True, False])
+def test_several_threads_count_by_the_time_that_passed(single_thread):
+    """Their processor times add up to more than what passed, and waiting for one another counts."""
+    clock = FakeClock()
+    slower = itertools.count(1)
+
+    def sentinel():
+        clock.spend(0.1 * MS * next(slower))  # never the same: no round is quiet
+
+    def call():
+        clock.spend(1 * MS, 1 * MS)
+
+    samples = timing.measure(
+        {"a": call}, PLAN, clock=clock, sentinel=sentinel, single_thread=single_thread
+    )
+    assert not samples.undisturbed
+    assert samples.seconds["a"][0] == pytest.approx(1e-3 if single_thread else 2e-3)
 
 
 def test_a_long_call_still_gets_its_rounds():

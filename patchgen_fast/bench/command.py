@@ -14,6 +14,7 @@ from patchgen_fast.bench.console import (
     USAGE,
     read,
     require_packages,
+    require_writable,
     say,
     stop,
     wanted_exports,
@@ -151,6 +152,7 @@ def bench(
 
     wanted = wanted_exports(exports)
     path = json_path or Path(DEFAULT_FOLDER) / f"bench-{suite}.json"
+    require_writable(path, markdown_path, plot_path, *(target for _, target in wanted))
     quick = quick or suite == "quick"
     try:
         earlier = read(baseline) if baseline else None

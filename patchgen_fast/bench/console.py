@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -24,6 +25,18 @@ def stop(code: int, text: str) -> NoReturn:
     """End with an error message and this status."""
     say(f"Error: {text}")
     sys.exit(code)
+
+
+def require_writable(*paths: Path | None) -> None:
+    """A usage error for a path that can't be written: before minutes of measuring, not after."""
+    for path in paths:
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise click.UsageError(f"cannot write {path}; choose a place you may write to")
 
 
 def require_packages() -> None:

@@ -121,8 +121,8 @@ def measure(result: CaseResult, calls: Mapping[str, Call], plan: Plan) -> None:
             graph_replay=replay,
             graph_refusal=refusal,
             host=host_time(call),
-            peak_memory=peak_memory(call),
         )
+        cell.peak_memory = peak_memory(call)
         if cell is not ours:
             cell.speedup_of_ours = paired_ratio(values, seconds[ours.name])
 

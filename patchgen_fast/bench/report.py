@@ -161,8 +161,8 @@ def _roofline(peaks: Calibration, cases: list[CaseResult]) -> Figure:
     )
 
 
-def attention_by_tokens(result: ResultFile) -> list[Figure]:
-    """Latency and rate against N for each D and dtype that has at least two N."""
+def attention_groups(result: ResultFile) -> list[tuple[str, list[CaseResult]]]:
+    """Attention's forward by D, dtype and machine setting, by N, where there are at least two N."""
     groups: dict[tuple[str, int, str, int], list[CaseResult]] = {}
     for case in timed(result):
         sizes = _sizes(case)
@@ -174,10 +174,17 @@ def attention_by_tokens(result: ResultFile) -> list[Figure]:
         # One case for each N, the one with the most heads: a line has one value at a place.
         cases = sorted(cases, key=lambda case: (_sizes(case)["N"], _heads(case)))
         cases = list({_sizes(case)["N"]: case for case in cases}.values())
-        if len(cases) < 2:
-            continue
         where = f"D {width}, {tables.short(dtype)}, {device}"
         where += f" {threads} thread{'s' if threads != 1 else ''}" if device == "cpu" else ""
+        if len(cases) > 1:
+            found.append((where, cases))
+    return found
+
+
+def attention_by_tokens(result: ResultFile) -> list[Figure]:
+    """Latency and rate against N."""
+    found = []
+    for where, cases in attention_groups(result):
         found.append(
             Figure(
                 f"Attention against N ({where}): time a head",
@@ -293,34 +300,35 @@ def blocks(result: ResultFile) -> list[Figure]:
 
 
 def memory_by_tokens(result: ResultFile) -> list[Figure]:
-    """Peak memory of attention against N (GPU only: the CPU's allocator has no such counter)."""
-    cases = [
-        c
-        for c in timed(result)
-        if c.op == "attention"
-        and "N" in _sizes(c)
-        and any(x.gpu and x.gpu.peak_memory for x in c.cells)
-    ]
-    series = []
-    for index, name in enumerate(["eager", *_peer_names(cases), "ours"]):
-        points = []
-        for case in sorted(cases, key=lambda c: _sizes(c)["N"]):
-            cell = case.cell(name)
-            if cell and cell.gpu and cell.gpu.peak_memory:
-                points.append((float(_sizes(case)["N"]), float(cell.gpu.peak_memory)))
-        if points:
-            peer = PEER_COLOURS[index % len(PEER_COLOURS)]
-            colour = {"eager": "eager", "ours": "ours"}.get(name, peer)
-            series.append(svg.Series(name, points, colour))
-    if not series:
-        return []
-    return [
-        Figure(
-            "Peak memory against N",
-            "What a call allocates at its peak, its result included. Lower is better.",
-            svg.chart(series, label="Memory by N", x_title="N, tokens", y_title="bytes"),
-        )
-    ]
+    """Peak memory of attention against N; peers with an allocator of their own have no line."""
+    found = []
+    for where, cases in attention_groups(result):
+        series = []
+        for index, name in enumerate(["eager", *_peer_names(cases), "ours"]):
+            points = []
+            for case in cases:
+                cell = case.cell(name)
+                if cell and cell.peak_memory:
+                    points.append((float(_sizes(case)["N"]), cell.peak_memory / _heads(case)))
+            if points:
+                peer = PEER_COLOURS[index % len(PEER_COLOURS)]
+                colour = {"eager": "eager", "ours": "ours"}.get(name, peer)
+                series.append(svg.Series(name, points, colour))
+        if series:
+            found.append(
+                Figure(
+                    f"Attention against N ({where}): peak memory a head",
+                    "What a call holds at most, its result included; torch's allocator alone. "
+                    "Lower is better.",
+                    svg.chart(
+                        series,
+                        label=f"Memory by N, {where}",
+                        x_title="N, tokens",
+                        y_title="bytes a head",
+                    ),
+                )
+            )
+    return found
 
 
 def row(case: CaseResult, results: Sequence[ResultFile]) -> Row:

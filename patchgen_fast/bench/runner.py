@@ -42,6 +42,7 @@ from patchgen_fast.bench.schema import (
     ResultFile,
     Timing,
 )
+from patchgen_fast.profiling.trace import peak_memory
 
 Progress = Callable[[str, Case, str], None]  # (event "start" | "step" | "end", case, text)
 
@@ -114,7 +115,7 @@ def run_case(
             runnables, first_calls = _checked(case, problem, result, referee, options)
             grads = referee.grads
             del referee
-            _time(case, result, runnables, first_calls, grads, options, sentinel)
+            _time(case, result, problem, runnables, first_calls, grads, options, sentinel)
     except Absent as reason:
         result.status, result.reason = ABSENT, str(reason)
     except (KeyboardInterrupt, SystemExit):
@@ -148,6 +149,7 @@ def _calibration(case: Case, threads: int, writer: Store, options: Options) -> C
 def _time(
     case: Case,
     result: CaseResult,
+    problem: Problem,
     runnables: dict[str, Runnable],
     first_calls: dict[str, float],
     grads: list[torch.Tensor],
@@ -175,6 +177,10 @@ def _time(
             ),
         )
         fill_in(result, samples)
+        own_memory = {one.name for one in problem.contenders if one.own_memory}
+        for cell in result.cells:
+            if cell.timing and cell.name not in own_memory:
+                cell.peak_memory = peak_memory(calls[cell.name])
     for cell in result.cells:
         if cell.timing:
             cell.timing.first_call = first_calls[cell.name]

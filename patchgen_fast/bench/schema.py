@@ -58,7 +58,6 @@ class GpuTiming(msgspec.Struct, kw_only=True):
     graph_replay: float | None = None
     graph_refusal: str = ""
     host: float | None = None  # processor time per call until the launch returns
-    peak_memory: int | None = None
 
 
 class GpuState(msgspec.Struct, kw_only=True):
@@ -85,6 +84,7 @@ class Cell(msgspec.Struct, kw_only=True):
     timing: Timing | None = None
     speedup_of_ours: Ratio | None = None
     gpu: GpuTiming | None = None
+    peak_memory: int | None = None  # of a call, beyond what was there; torch's allocator alone
 
 
 class Cost(msgspec.Struct, kw_only=True):

@@ -3,7 +3,9 @@
 One round times every contender once. Rounds, not contenders, are repeated, so that a change of
 clock frequency or a noisy neighbour falls on all contenders alike, and the ratio within a round
 survives it. A short sentinel loop of known work runs before and after each round; a round whose
-sentinel was slow, or in which a sample waited for the processor, is discarded as a whole.
+sentinel was slow, or in which a sample waited for the processor, is discarded as a whole. On a
+machine that is never quiet, all rounds are kept and marked as disturbed, and a thread's samples
+count by the time that it worked, without that for which it waited.
 
 Nothing here imports torch. The clock and the sentinel are arguments, so the tests drive them.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -127,8 +129,7 @@ def measure(
     clock = clock or SystemClock()
     first, repeats = _warm_up(contenders, plan, clock)
     samples = Samples({name: [] for name in contenders}, first, repeats)
-    kept: list[tuple[dict[str, float], float]] = []  # (seconds per call, sentinel seconds)
-    dropped: list[tuple[dict[str, float], float]] = []
+    rounds: list[Round] = []
     quiet = _QuietTime()
     if sentinel:
         for _ in range(5):
@@ -136,17 +137,19 @@ def measure(
     started = clock.wall()
     for order in balanced_orders(list(contenders)):
         before = _sensed(sentinel, clock) if sentinel else 0.0
-        row, waited = _round(order, contenders, repeats, plan, clock)
+        elapsed_s, worked_s, waited = _round(order, contenders, repeats, plan, clock)
         after = _sensed(sentinel, clock) if sentinel else 0.0
         quiet.add(before)
         quiet.add(after)
-        slowest = max(before, after)
-        if waited > plan.waiting_slack and single_thread:
-            dropped.append((row, slowest))
-        else:
-            kept.append((row, slowest))
-        good = [entry for entry in kept if not quiet.exceeded(entry[1], plan.sentinel_slack)]
-        bad = len(kept) + len(dropped) - len(good)
+        waited = waited if single_thread else 0.0
+        rounds.append(Round(elapsed_s, worked_s, waited, max(before, after)))
+        good = [
+            one
+            for one in rounds
+            if one.waited <= plan.waiting_slack
+            and not quiet.exceeded(one.sentinel, plan.sentinel_slack)
+        ]
+        bad = len(rounds) - len(good)
         if on_round:
             on_round(len(good), bad)
         elapsed = (clock.wall() - started) * 1e-9
@@ -154,15 +157,25 @@ def measure(
         tired = len(good) + bad >= plan.min_rounds and elapsed >= plan.budget_s * plan.overrun
         if enough or tired or len(good) >= plan.max_rounds:
             break
-    samples.discarded = len(kept) + len(dropped) - len(good)
-    if len(good) < min(3, plan.min_rounds):
-        # The machine was never quiet: keep everything, and let the result say so.
-        good, samples.undisturbed = kept + dropped, False
-    for row, slowest in good:
-        samples.sentinel_s.append(slowest)
-        for name, seconds in row.items():
+    samples.discarded = len(rounds) - len(good)
+    if len(good) < plan.min_rounds:
+        # The machine was never quiet for long enough: keep everything, and let the result say so.
+        good, samples.undisturbed = rounds, False
+    for one in good:
+        samples.sentinel_s.append(one.sentinel)
+        by_work = single_thread and not samples.undisturbed
+        for name, seconds in (one.worked if by_work else one.elapsed).items():
             samples.seconds[name].append(seconds)
     return samples
+
+
+class Round(NamedTuple):
+    """One sample of each contender: seconds per call, elapsed and on the processor."""
+
+    elapsed: dict[str, float]
+    worked: dict[str, float]
+    waited: float  # the largest share of a sample spent off the processor
+    sentinel: float  # seconds of the slower of the two around it
 
 
 class _QuietTime:
@@ -214,9 +227,10 @@ def _round(
     repeats: Mapping[str, int],
     plan: Plan,
     clock: Clock,
-) -> tuple[dict[str, float], float]:
-    """One sample of each contender; and the largest share of a sample spent off the processor."""
-    row: dict[str, float] = {}
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """`elapsed`, `worked` and `waited` of a Round."""
+    elapsed: dict[str, float] = {}
+    worked: dict[str, float] = {}
     waited = 0.0
     for name in order:
         call, count = contenders[name], repeats[name]
@@ -225,7 +239,7 @@ def _round(
         cpu, start = clock.cpu(), clock.wall()
         for _ in range(count):
             call()
-        wall = clock.wall() - start
-        waited = max(waited, 1.0 - (clock.cpu() - cpu) / wall if wall > 0 else 0.0)
-        row[name] = wall * 1e-9 / count
-    return row, waited
+        wall, work = clock.wall() - start, clock.cpu() - cpu
+        waited = max(waited, 1.0 - work / wall if wall > 0 else 0.0)
+        elapsed[name], worked[name] = wall * 1e-9 / count, work * 1e-9 / count
+    return elapsed, worked, waited

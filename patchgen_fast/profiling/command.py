@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from patchgen_fast.bench.console import require_writable
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -76,8 +78,7 @@ def profile(
     2 wrong usage, 4 no GPU for --device cuda.
     """
     trace = options["trace"]
-    for path in (json_path, trace):
-        _check_writable(path)
+    require_writable(json_path, trace)
     if trace is not None and not trace.name.endswith(".json.gz"):
         raise click.UsageError(
             f"--trace: expected a name *.json.gz, which viewers open, got {trace}"
@@ -122,19 +123,6 @@ def profile(
     else:
         text = as_markdown if output == "markdown" else as_text
         click.echo(text(found, every_layer=every_layer))
-
-
-def _check_writable(path: Path | None) -> None:
-    """Before minutes of measuring, not after."""
-    import os
-
-    if path is None:
-        return
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise click.UsageError(f"cannot write {path}; choose a folder you may write to")
 
 
 def _check_device(device: str) -> None:

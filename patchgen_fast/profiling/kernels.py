@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import flop_registry
+
+from .trace import profiling
 
 # Ranges around the work, not work: their own time is what lies between the kernels.
 RANGES = ("Torch-Compiled Region", "## Call CompiledFxGraph", "TorchDynamo", "CompiledFunction",
@@ -32,13 +33,10 @@ class Kernel:
 def kernels(step: Callable[[], Any], cuda: bool, rounds: int) -> list[Kernel]:
     """Every kernel of a step with its own time, the slowest first."""
     found: dict[tuple[str, str], Kernel] = {}
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     for number in range(rounds):
         seconds: dict[tuple[str, str], float] = defaultdict(float)
-        with profile(activities=activities, record_shapes=True) as profiler:
+        with profiling(cuda, record_shapes=True) as profiler:
             step()
-            if cuda:
-                torch.cuda.synchronize()
         for event in profiler.events() or ():
             on_gpu = "cuda" in str(event.device_type).lower()
             own = event.self_device_time_total if cuda else event.self_cpu_time_total

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,33 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from .timeline import BACKWARD, FORWARD, Place, Timeline, shown
 
 MEMORY_EVENT = "[memory]"
+
+
+@contextmanager
+def profiling(cuda: bool, **options: Any) -> Iterator[profile]:
+    """torch's profiler, without the lines that Kineto writes to stderr at its start and its end.
+
+    Kineto reads its log level from the environment when it is first used; a level that the user
+    has set stays.
+    """
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    before = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    try:
+        with profile(activities=activities, **options) as profiler:
+            yield profiler
+            if cuda:
+                torch.cuda.synchronize()
+    finally:
+        if before is None:
+            del os.environ["KINETO_LOG_LEVEL"]
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Bytes of torch's CPU allocator that a call holds at most beyond what was there before."""
+    with profiling(False, profile_memory=True) as profiler:
+        call()
+    return _peaks(profiler, {}, "cpu")[1]
 
 
 class NamedRanges(Timeline):
@@ -59,16 +86,13 @@ def trace(
     was there, and those of the whole step. `named=False` puts no ranges in: for compiled models.
     """
     cuda = next((p.is_cuda for p in model.parameters()), False)
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     ranges = NamedRanges(model, layers)
-    with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+    with profiling(cuda, record_shapes=True, profile_memory=True) as profiler:
         if named:
             with ranges.watching():
                 step()
         else:
             step()
-        if cuda:
-            torch.cuda.synchronize()
         profiler.add_metadata_json("distributedInfo", '{"rank": 0, "world_size": 1}')
     if path is not None:
         _export(profiler, path)

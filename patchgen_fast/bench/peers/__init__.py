@@ -28,9 +28,14 @@ def attention_peers(case: Case, tensors: Tensors) -> list[Contender]:
                 "peer",
                 lambda: onnx_runtime.attention(case, tensors),
                 forward_only=True,
+                own_memory=True,
             ),
             Contender(
-                "openvino", "peer", lambda: open_vino.attention(case, tensors), forward_only=True
+                "openvino",
+                "peer",
+                lambda: open_vino.attention(case, tensors),
+                forward_only=True,
+                own_memory=True,
             ),
         ]
     return found
@@ -57,8 +62,13 @@ def patch_embed_peers(case: Case, tensors: Tensors) -> list[Contender]:
             "peer",
             lambda: onnx_runtime.patch_embed(case, tensors),
             forward_only=True,
+            own_memory=True,
         ),
         Contender(
-            "openvino", "peer", lambda: open_vino.patch_embed(case, tensors), forward_only=True
+            "openvino",
+            "peer",
+            lambda: open_vino.patch_embed(case, tensors),
+            forward_only=True,
+            own_memory=True,
         ),
     ]

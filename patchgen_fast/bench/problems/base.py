@@ -48,6 +48,7 @@ class Contender:
     make: Callable[[], Runnable]
     forward_only: bool = False
     slow_start: bool = False  # compiles for seconds: left out of the quick suite
+    own_memory: bool = False  # allocates outside torch, so that its memory can't be seen
     devices: Sequence[str] = ("cpu", "cuda")
 
 
