@@ -214,8 +214,14 @@ def test_disturbed_rounds_are_left_out_if_enough_are_quiet():
         steps=[1.0, 9.0, 1.0, 1.0, 1.0, 1.0], parts=[{}] * 6, quiet=[True, False] + [True] * 4
     )
     assert watched.keep_quiet() and watched.steps == [1.0] * 5 and len(watched.parts) == 5
-    watched.quiet = [False] * 5
-    assert not watched.keep_quiet() and len(watched.steps) == 5
+
+
+def test_without_quiet_rounds_the_time_worked_counts():
+    part = {(timeline.Place("a"), timeline.FORWARD): 1.0}
+    watched = measure.Watched(
+        steps=[9.0] * 5, parts=[{}] * 5, quiet=[False] * 5, worked=[(1.0, part)] * 5
+    )
+    assert not watched.keep_quiet() and watched.steps == [1.0] * 5 and watched.parts == [part] * 5
 
 
 @pytest.mark.slow

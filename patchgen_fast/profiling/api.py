@@ -183,7 +183,7 @@ def _compiled(
     started = time.perf_counter()
     while len(times[0]) < MIN_ROUNDS or time.perf_counter() - started < seconds:
         for step, samples in zip(steps, times, strict=True):
-            samples.append(unobserved(step, cuda))
+            samples.append(unobserved(step, cuda)[0])
         progress(f"{len(times[0])} rounds")
     progress("kernels")
     rows, coverage = kernel_rows(kernels(steps[0], cuda, MIN_ROUNDS), Spread.of(times[0]))

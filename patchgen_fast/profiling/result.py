@@ -99,7 +99,8 @@ class Profile:
         step: seconds of a step without any observer.
         eager_step: the same of the eager model; None where it is the model that was profiled.
         coverage: the rows' time over that of a step without observer, the median of paired ratios.
-        disturbed: other work took the processor in too many rounds to leave these out.
+        disturbed: other work took the processor in too many rounds to leave these out; with one
+            thread, the times are then those that it worked.
         flops: of a step, by our ops' formulas and torch's.
         eager_flops: the same, counted from the eager model on the meta device; None: could not be.
         flops_note: why not.
