@@ -127,6 +127,7 @@ def test_the_readme_section_is_replaced_between_its_markers(result, tmp_path):
     (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
     assert "old" in readme.generate(tmp_path)  # no result yet
     result.cases = result.cases[:1]
+    (folder / "a.json").write_text('{"kind": "another command"}')
     results.write_atomically(folder / "m.json", results.encode(result))
     new = readme.generate(tmp_path)
     assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new

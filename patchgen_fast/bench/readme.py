@@ -39,8 +39,8 @@ def replaced(text: str, new: str) -> str:
 
 
 def sources(root: Path = ROOT) -> list[Path]:
-    """The committed results, by name."""
-    return sorted((root / FOLDER).glob("*.json"))
+    """The committed results of bench, by name; other commands' results lie there too."""
+    return [path for path in sorted((root / FOLDER).glob("*.json")) if results.is_ours(path)]
 
 
 def absent_peers(result: ResultFile) -> list[str]:

@@ -61,6 +61,14 @@ def encode(result: ResultFile) -> bytes:
     return msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n"
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is bench's by its kind; one that can't be read may be, and `read` says why."""
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=_Header).kind in (KIND, "")
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return True
+
+
 def read(path: Path) -> ResultFile:
     """Read a result file; ResultError says what is wrong with it and what to do."""
     path = Path(path)
