@@ -189,6 +189,34 @@ def tensor_parallel(rank):
     torch.testing.assert_close(late(x), expected)
 
 
-@pytest.mark.parametrize("function", [data_parallel, fully_sharded, tensor_parallel])
+def distributed_heads_and_images(rank):
+    """Attention on DTensors, and its gradients, by heads and by images; no other op between."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from patchgen_fast import attention
+    from patchgen_fast.swapping import tensor_parallel
+
+    tensor_parallel.register()
+    mesh = init_device_mesh("cpu", (2,))
+    whole = [torch.randn(2, heads, 7, 8, requires_grad=True) for heads in (4, 2, 2)]
+    bias = torch.randn(1, 4, 7, 7)
+    expected = attention(*whole, bias, enable_gqa=True)
+    expected.square().sum().backward()
+    for dim in (0, 1):
+        parts = [distribute_tensor(x.detach(), mesh, [Shard(dim)]).requires_grad_() for x in whole]
+        with dispatch.counting() as ran:
+            out = attention(*parts, distribute_tensor(bias, mesh, [Shard(1)]), enable_gqa=True)
+        assert out.placements == (Shard(dim),)
+        assert any(call.startswith("attention.") for call in ran)
+        torch.testing.assert_close(out.full_tensor(), expected)
+        out.square().sum().backward()
+        for part, x in zip(parts, whole, strict=True):
+            torch.testing.assert_close(part.grad.full_tensor(), x.grad)
+
+
+@pytest.mark.parametrize(
+    "function", [data_parallel, fully_sharded, tensor_parallel, distributed_heads_and_images]
+)
 def test_two_processes(function):
     run_in_two_processes(function)

@@ -7,6 +7,7 @@ export go on as before, and undoing assigns the class back. Nothing is patched o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,6 +63,10 @@ def swap(
         )
     check_backend(backend)
     options = {"attention": attention, "patch_embed": patch_embed, "feed_forward": feed_forward}
+    if "torch.distributed.tensor" in sys.modules:
+        from .tensor_parallel import register
+
+        register()
     table = known()
     parts = _parts(model, table)
     report = SwapReport(qualified(type(model)), [], dry_run)
