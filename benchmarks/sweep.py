@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 import patchgen_fast
 from patchgen_fast import dispatch
 from patchgen_fast._torchvision import make_importable
-from patchgen_fast.swapping import swap, verify
+from patchgen_fast.swapping import VerifyReport, swap, verify
 
 RESULTS = Path(__file__).parent / "results"
 STATUSES = ("fully", "partly", "refused")
@@ -48,6 +48,7 @@ ATTENTIONS = (
 CONVOLUTIONS = (F.conv2d, F.conv3d)
 SAMPLE = 10  # one model of so many is run in bfloat16 and with gradients too
 MOST_PARAMETERS = 60_000_000  # of a model that is run; larger ones are left out, and said to be
+EXACT_ZERO = 1e-12  # of the largest gradient: what float64 leaves of a 0
 MANY_PARAMETERS = 8_000_000  # from here on, one image and one run of `verify`
 
 
@@ -138,6 +139,9 @@ def _run(entry: Entry, small: tuple[nn.Module, tuple[Any, ...]] | None) -> None:
         entry.status = "partly" if any(entry.remaining) else "fully"
     runs = 1 if sum(p.numel() for p in model.parameters()) > MANY_PARAMETERS else 3
     report = verify(model, *arguments, gradients=False, runs=runs)
+    if report.swapped_layers == 0:
+        entry.status, entry.note = "partly", "not run: built small, it has no attention"
+        return
     entry.parity = report.verdict
     if not report.ok:
         entry.note = str(report)
@@ -145,8 +149,19 @@ def _run(entry: Entry, small: tuple[nn.Module, tuple[Any, ...]] | None) -> None:
         verdicts = [verify(model, *arguments)]
         half = [x.bfloat16() if x.is_floating_point() else x for x in arguments]
         verdicts.append(verify(model.bfloat16(), *half, gradients=False, runs=runs))
-        entry.sampled = ", ".join(report.verdict for report in verdicts)
+        entry.sampled = ", ".join(_verdict(report) for report in verdicts)
         entry.note += "\n".join(str(report) for report in verdicts if not report.ok)
+
+
+def _verdict(report: VerifyReport) -> str:
+    """The report's verdict; apart from gradients that are exactly 0 in exact arithmetic.
+
+    A bias that shifts all scores of a head alike changes nothing. Its gradient is rounding and
+    nothing else, in ours and in eager, and which of two roundings is larger means nothing.
+    """
+    largest = max((p.scale for p in report.gradients), default=0.0)
+    wrong = [p for p in report.failures() if not p.scale <= EXACT_ZERO * largest]
+    return report.verdict if wrong or report.ok else f"pass but for {len(report.failures())} zeros"
 
 
 @torch.no_grad()
@@ -314,7 +329,9 @@ def run(library: str, shard: tuple[int, int], match: str, quiet: bool) -> Path:
     path = RESULTS / f"sweep-{library}{part}.jsonl"
     done = {entry["name"] for entry in read(library)}
     todo = [n for i, n in enumerate(names()) if i % count == index and match in n and n not in done]
+    cut_off = path.exists() and not path.read_text().endswith("\n")
     with path.open("a") as file:
+        file.write("\n" if cut_off else "")
         for name in _progress(todo, quiet):
             file.write(json.dumps(asdict(_guarded(examine_one, name))) + "\n")
             file.flush()
@@ -369,7 +386,8 @@ def table(library: str) -> str:
         f"{library} --table`.",
         "",
         f"Parity against float64 in float32: {_sums(verdicts)}. "
-        f"Sample with gradients, and in bfloat16: {_sums(sampled)}.",
+        f"Sample with gradients, and in bfloat16: {_sums(sampled)}. (Zeros: gradients of biases "
+        "that shift all scores of a head alike: 0 in exact arithmetic, rounding in both models.)",
         "",
         "| class that stays as it is | reason | models |",
         "|---|---|---|",
