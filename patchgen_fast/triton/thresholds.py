@@ -22,12 +22,13 @@ def attention(args: Any) -> str | None:
     The backward, which asks too, goes with its forward: only a forward's arguments have return_lse.
     """
     plain = (
-        not getattr(args, "return_lse", True)
+        _on_gpu(args)
+        and not getattr(args, "return_lse", True)
         and args.kv_lengths is None
         and args.query_offset is None
         and args.query.shape[1] == args.key.shape[1]
     )
-    return "torch" if _on_gpu(args) and plain else None
+    return "torch" if plain else None
 
 
 def patch_embed(args: Any) -> str | None:
