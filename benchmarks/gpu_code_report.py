@@ -18,6 +18,7 @@ import torch
 import triton
 
 ROOT = Path(__file__).resolve().parent.parent
+REPORT = ROOT / "benchmarks" / "results" / "gpu-code-report.md"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "triton_aot")]
 
 from launches import SOURCES, attend, recorded  # noqa: E402
@@ -133,8 +134,7 @@ def report() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = ROOT / "benchmarks" / "results" / "gpu-code-report.md"
-    parser.add_argument("--output", type=Path, default=default)
+    parser.add_argument("--output", type=Path, default=REPORT)
     output = parser.parse_args().output
     text = report()
     temporary = output.with_suffix(".tmp")

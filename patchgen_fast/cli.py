@@ -49,6 +49,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "patchgen_fast.generator.generate_command:command",
         "Draw, complete, reconstruct or vary images with a trained generator.",
     ),
+    "tune": (
+        "patchgen_fast.triton.tune_command:tune",
+        "Search this GPU's fastest configurations of the Triton kernels; used from then on.",
+    ),
 }
 
 

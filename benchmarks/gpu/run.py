@@ -173,7 +173,7 @@ def machine() -> dict[str, str]:
 
 def run(step: Step, command: tuple[str, ...], seconds: float, log: Path) -> Outcome:
     """Run one command, its output appended to ``log``; the whole process group ends with it."""
-    environment = {**os.environ, "PATCHGEN_FAST_TRITON": "1", **step.environment}
+    environment = {**os.environ, **step.environment}
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )

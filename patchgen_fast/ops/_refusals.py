@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..dispatch import Refusal
@@ -11,10 +13,25 @@ NOT_ON_CPU = Refusal("device", "it needs tensors on the CPU", lambda a: a[0].dev
 NOT_ON_CUDA = Refusal(
     "device", "it needs tensors on a CUDA device", lambda a: a[0].device.type != "cuda"
 )
+
+
+@torch.compiler.assume_constant_result
+def _older_than_ampere(device: torch.device) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def _not_for_triton(args: Any) -> bool:
+    device = args[0].device
+    if interpreting():
+        return bool(device.type != "cpu")
+    return device.type != "cuda" or _older_than_ampere(device)
+
+
 NOT_FOR_TRITON = Refusal(
     "device",
-    "it needs tensors on a CUDA device (or on the CPU in a process with TRITON_INTERPRET=1)",
-    lambda a: a[0].device.type != ("cpu" if interpreting() else "cuda"),
+    "it needs tensors on a CUDA device of compute capability 8.0 or later (or on the CPU in a "
+    "process with TRITON_INTERPRET=1)",
+    _not_for_triton,
 )
 
 

@@ -119,6 +119,8 @@ OP = Op(
 FLOAT64 = float64_of("input")
 OP.add_torch(stock.linear, refuses=(FLOAT64,))
 OP.add_native("cpu", refuses=(NOT_ON_CPU, FLOAT64), refuses_backward=(NOT_ON_CPU, FLOAT64))
+# No kernel for GPUs: cuBLASLt has bias, ReLU and GELU in its epilogue, and a product of ours would
+# have to beat its product first.
 
 
 def _check(input: Tensor, weight: Tensor, activation: str | None, **others: Any) -> None:

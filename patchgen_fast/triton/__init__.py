@@ -11,12 +11,21 @@ from importlib.util import find_spec
 
 
 def unavailable_reason() -> str | None:
-    """Why no Triton kernel can run in this process, or None."""
+    """Why no Triton kernel can run in this process, or None. No GPU is asked: that waits for a
+    call, whose tensors say where they are.
+    """
     if find_spec("triton") is None:
         return "triton is not installed; torch's CUDA builds bring it, or pip install triton"
-    if not interpreting() and os.environ.get("PATCHGEN_FAST_TRITON") != "1":
-        # No GPU has run them, and their suites are not green yet: nobody gets them unasked.
-        return "the Triton kernels are not proved yet; PATCHGEN_FAST_TRITON=1 takes them"
+    if not interpreting():
+        import torch
+
+        if not torch.backends.cuda.is_built():
+            return (
+                f"torch {torch.__version__} was built without CUDA; TRITON_INTERPRET=1 runs the "
+                "kernels in Triton's interpreter, slowly"
+            )
+        if torch.version.hip is not None:
+            return "the Triton kernels are made for NVIDIA GPUs; on AMD's none has been tried"
     return None
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .launch import empty, launch, multiprocessors
-from .patches import sum_shares
+from .sums import sum_shares
 from .tiles import wide
 
 MAX_FEATURES = 16384  # a row in the registers of 16 warps

@@ -1,8 +1,8 @@
 """Compiles recorded launches to machine code where there is no GPU, and reads what came out.
 
 `compile_launch` gives a launch the specialisation that a GPU of the named compute capability would
-give it; Triton brings ptxas, nvdisasm and cuobjdump. Tests gate on the result, `make
-gpu-code-report` tabulates it, and `patchgen-fast tune` drops candidates that spill before it times.
+give it; Triton brings ptxas, nvdisasm and cuobjdump. Tests gate on the result, and `make
+gpu-code-report` tabulates it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -147,23 +149,34 @@ _compiled: dict[tuple, Binary] = {}
 
 def compile_launch(item: Launch, capability: int) -> Binary:
     """Compiles a launch that `launch.recording(capability)` kept, once a process."""
-    kinds = tuple(
-        (str(arg.dtype) if isinstance(arg, torch.Tensor) else type(arg)) for arg in item.args
-    )
-    question = (capability, item.kernel, kinds, tuple(sorted(item.options.items())))
-    if question not in _compiled:
-        _compiled[question] = _compile(item, capability)
-    return _compiled[question]
+    key = specialisation(item, capability)
+    if key not in _compiled:
+        _compiled[key] = _compile(item, capability)
+    return _compiled[key]
 
 
-def _compile(item: Launch, capability: int) -> Binary:
+def specialisation(item: Launch, capability: int) -> tuple:
+    """What Triton would compile for this launch: equal for launches that share a binary."""
+    with _compiling_for(capability):
+        *_, binder = item.kernel.device_caches[capability]
+        _, arguments, options = binder(*item.args, **item.options)
+    return capability, item.kernel, tuple(arguments), str(options)
+
+
+@contextmanager
+def _compiling_for(capability: int) -> Iterator[None]:
     driver = triton.runtime.driver
     before = driver._active
     driver.set_active(_CompileOnlyDriver(capability))
     try:
-        compiled: Any = item.kernel.warmup(*item.args, grid=item.grid, **item.options)
+        yield
     finally:
         driver._active = before
+
+
+def _compile(item: Launch, capability: int) -> Binary:
+    with _compiling_for(capability):
+        compiled: Any = item.kernel.warmup(*item.args, grid=item.grid, **item.options)
     cubin = compiled.asm["cubin"]
     usage = dict(
         re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", cubin))

@@ -115,7 +115,19 @@ STREAM: Table[StreamConfig] = Table(
     "attention",
     Row(StreamConfig(16, 32, 4, 1), "IEEE: 32 rows spill at D 64 (static)", kinds=(IEEE,), d=128),
     Row(StreamConfig(16, 16, 4, 1), "IEEE, wide heads: fewer registers", kinds=(IEEE,)),
-    Row(StreamConfig(64, 32, 4, 2), "TF32 takes twice the shared memory", kinds=(TF32,), d=128),
+    Row(
+        StreamConfig(32, 32, 4, 2),
+        "TF32: static, 64 rows spill at D 128",
+        chips=(120,),
+        kinds=(TF32,),
+        d=128,
+    ),
+    Row(
+        StreamConfig(64, 32, 4, 1),
+        "TF32: static, loads in flight or 32 rows spill at D 128 on sm_80",
+        kinds=(TF32,),
+        d=128,
+    ),
     Row(StreamConfig(32, 32, 4, 1), "TF32, wide heads: fits 99 KiB", kinds=(TF32,)),
     Row(
         StreamConfig(64, 64, 4, 2),
@@ -157,6 +169,13 @@ STREAM: Table[StreamConfig] = Table(
         "static: no spill at D 72 on this chip (it does on sm_120)",
         chips=(80,),
         d=128,
+        masked=False,
+    ),
+    Row(
+        StreamConfig(64, 64, 4, 2),
+        "static: 392 instructions a tile at D 72, no spill; 32 keys a block spill where causal",
+        chips=(86, 89),
+        d=80,
         masked=False,
     ),
     Row(
@@ -258,22 +277,10 @@ def _attend_blocks(
             key + wide(first_key) * stride_kn, lane * stride_kn, keep, SPEC.d, SPEC.chunks, CHECK
         )
         scores = mask_scores(
-            dot_rows(q, k, SPEC.precision),
-            mask,
-            stride_mq,
-            stride_mk,
-            first_row,
-            first_key,
-            tl.arange(0, BLOCK_M)[:, None],
-            lane[None, :],
-            nq,
-            end,
-            offset,
-            scale,
-            SPEC,
-            CHECK,
+            dot_rows(q, k, SPEC.precision), mask, stride_mq, stride_mk, first_row, first_key,
+            tl.arange(0, BLOCK_M)[:, None], lane[None, :], nq, end, offset, scale, SPEC, CHECK,
             SPEC.causal and CHECK,
-        )
+        )  # fmt: skip
         v = load_tile(
             value + wide(first_key) * stride_vn, lane * stride_vn, keep, SPEC.d, SPEC.chunks, CHECK
         )
@@ -337,51 +344,13 @@ def _attention_fwd_kernel(
             zeros_tile(BLOCK_M, SPEC.chunks),
         )
         state = _attend_blocks(
-            state,
-            q,
-            key,
-            value,
-            mask,
-            stride_kn,
-            stride_vn,
-            stride_mq,
-            stride_mk,
-            first_row,
-            0,
-            full,
-            nq,
-            offset,
-            scale,
-            unit,
-            SPEC,
-            BLOCK_M,
-            BLOCK_N,
-            False,
-            STAGES,
-        )
+            state, q, key, value, mask, stride_kn, stride_vn, stride_mq, stride_mk, first_row, 0,
+            full, nq, offset, scale, unit, SPEC, BLOCK_M, BLOCK_N, False, STAGES,
+        )  # fmt: skip
         maximum, total, tile = _attend_blocks(
-            state,
-            q,
-            key,
-            value,
-            mask,
-            stride_kn,
-            stride_vn,
-            stride_mq,
-            stride_mk,
-            first_row,
-            full,
-            keys_end,
-            nq,
-            offset,
-            scale,
-            unit,
-            SPEC,
-            BLOCK_M,
-            BLOCK_N,
-            True,
-            1,
-        )
+            state, q, key, value, mask, stride_kn, stride_vn, stride_mq, stride_mk, first_row, full,
+            keys_end, nq, offset, scale, unit, SPEC, BLOCK_M, BLOCK_N, True, 1,
+        )  # fmt: skip
         maximum = finite_maximum(maximum, SPEC.may_be_empty)
         inverse, row_lse = inverse_and_lse(maximum, total, unit, SPEC)
         out += wide(first_row) * stride_on
@@ -432,30 +401,20 @@ def attention(
         fill = triton.cdiv(2 * multiprocessors(query.device.index), batches * heads)
         shares = min(triton.cdiv(nq, short.block_m), fill)
         launch(
-            _attention_short_fwd_kernel,
-            (batches * heads * shares,),
-            (query, key, value, out, lse, *strides, heads, group, nq, nk, shares, scale),
-            SPEC=spec,
-            KEY_CHUNKS=chunks(nk, 128),
-            ONE_PASS=short.one_pass,
-            BLOCK_M=short.block_m,
-            num_warps=short.warps,
-            num_stages=short.stages,
-        )
+            _attention_short_fwd_kernel, (batches * heads * shares,),
+            (query, key, value, out, lse, *strides, heads, group, nq, nk, shares, scale), SPEC=spec,
+            KEY_CHUNKS=chunks(nk, 128), ONE_PASS=short.one_pass, BLOCK_M=short.block_m,
+            num_warps=short.warps, num_stages=short.stages,
+        )  # fmt: skip
         return out, lse
     config = STREAM.choose(chip, kind, size_d, triton.next_power_of_2(nk), spec.mask_kind != 0)
     tiles = triton.cdiv(nq, config.block_m)
     tensors = (query, key, value, out, lse, attn_mask, kv_lengths, query_offset, None, None)
     sizes = (heads * nq, nq, heads, group, nq, nk, tiles)
     launch(
-        _attention_fwd_kernel,
-        (batches * heads * tiles,),
-        (*tensors, *strides, *mask_strides, *sizes, scale),
-        SPEC=spec,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        STAGES=config.stages,
-        num_warps=config.warps,
+        _attention_fwd_kernel, (batches * heads * tiles,),
+        (*tensors, *strides, *mask_strides, *sizes, scale), SPEC=spec, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, STAGES=config.stages, num_warps=config.warps,
         num_stages=config.stages,
-    )
+    )  # fmt: skip
     return out, lse

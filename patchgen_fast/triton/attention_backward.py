@@ -8,8 +8,8 @@
 `_attention_bwd_kernel` is one source for four kernels:
 
 * "delta": one program owns a query tile and writes its delta; for additive masks and in IEEE
-  float32 also the factor by which a log-sum-exp rounded to float32 misses a row's sum: all of it
-  where every score is near finfo.min.
+  float32 also the factor by which a log-sum-exp rounded to float32 misses a row's sum, which is all
+  of it where every score is near finfo.min. There it sums P anew, and delta as sum_j P * dP.
 * "kv": one program owns a key block and passes all query rows by it; grad_key, grad_value.
 * "q": one program owns a query tile and passes all keys by it; grad_query.
 * "all", for short sequences: one program owns a (batch, key head) and does the three after each
@@ -43,11 +43,9 @@ from .attention_parts import (
     sequence,
     visible_keys,
 )
-from .configs import FLOAT32, HOPPER, IEEE, TF32, Row, Table, kind_of
+from .configs import BLACKWELL, FLOAT32, HOPPER, IEEE, TF32, Row, Table, kind_of
 from .launch import capability, empty, launch
-from .tiles import (
-    wide,
-)
+from .tiles import wide
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,13 @@ SHORT_BACKWARD: Table[BackwardConfig | None] = Table(
         masked=False,
     ),
     Row(
+        BackwardConfig(32, 32, 4, 1),
+        "static: 123 registers, four blocks; 64 keys spill",
+        chips=(120,),
+        d=64,
+        masked=False,
+    ),
+    Row(
         BackwardConfig(32, 64, 4, 1),
         "static: 250 registers, no spill on sm_80",
         d=64,
@@ -81,7 +86,12 @@ SHORT_BACKWARD: Table[BackwardConfig | None] = Table(
 )
 KV_BACKWARD: Table[BackwardConfig] = Table(
     "attention_backward_kv",
-    Row(BackwardConfig(32, 32, 4, 1), "IEEE products on the plain cores", kinds=(IEEE,), d=128),
+    Row(
+        BackwardConfig(32, 32, 8, 1),
+        "IEEE products on the plain cores: four warps spill on sm_80 (static)",
+        kinds=(IEEE,),
+        d=128,
+    ),
     Row(BackwardConfig(16, 16, 4, 1), "IEEE, wide heads", kinds=(IEEE,)),
     Row(BackwardConfig(32, 32, 4, 1), "TF32 takes twice the shared memory", kinds=(TF32,), d=128),
     Row(BackwardConfig(16, 32, 8, 1), "TF32, wide heads", kinds=(TF32,)),
@@ -100,7 +110,23 @@ KV_BACKWARD: Table[BackwardConfig] = Table(
         masked=False,
     ),
     Row(BackwardConfig(64, 64, 8, 1), "static: 248 registers", chips=HOPPER, d=128),
-    Row(BackwardConfig(32, 64, 4, 2), "static: 180 registers on sm_80; 64 rows spill", d=64),
+    Row(
+        BackwardConfig(32, 64, 4, 2),
+        "static: no spill, beside a mask's tile neither",
+        chips=(90, *BLACKWELL),
+        d=64,
+    ),
+    Row(
+        BackwardConfig(32, 64, 4, 1),
+        "static: 248 registers on sm_80 where causal; with loads in flight it spills there",
+        d=64,
+        masked=False,
+    ),
+    Row(
+        BackwardConfig(32, 32, 4, 2),
+        "static: 168 registers on sm_80, 182 on sm_120; a mask's tile of 64 keys spills",
+        d=64,
+    ),
     Row(BackwardConfig(32, 64, 8, 1), "static: eight warps halve the sums of each", d=128),
     Row(BackwardConfig(32, 32, 8, 1), "safe everywhere: 170 registers at D 256"),
 )
@@ -124,7 +150,17 @@ Q_BACKWARD: Table[BackwardConfig] = Table(
         d=64,
         masked=False,
     ),
-    Row(BackwardConfig(64, 32, 4, 2), "static: 174 registers at D 128 on sm_90", d=128),
+    Row(
+        BackwardConfig(64, 32, 4, 2),
+        "static: 174 registers at D 128 on sm_90",
+        chips=(90, *BLACKWELL),
+        d=128,
+    ),
+    Row(
+        BackwardConfig(64, 32, 4, 1),
+        "static: 176 registers at D 128 on sm_80, 230 at D 72 on sm_120; loads in flight spill",
+        d=128,
+    ),
     Row(BackwardConfig(32, 32, 4, 1), "safe everywhere: 200 registers at D 256"),
 )
 MASK_GRAD: Table[BackwardConfig] = Table(
@@ -132,7 +168,7 @@ MASK_GRAD: Table[BackwardConfig] = Table(
     Row(BackwardConfig(32, 32, 4, 1), "float32: fits 99 KiB", kinds=FLOAT32, d=128),
     Row(BackwardConfig(16, 16, 4, 1), "float32, wide heads", kinds=FLOAT32),
     Row(BackwardConfig(64, 32, 4, 1), "static: the sums of 64 x 64 spill on sm_90", d=128),
-    Row(BackwardConfig(32, 32, 4, 1), "safe everywhere"),
+    Row(BackwardConfig(16, 32, 4, 1), "safe everywhere: no spill at D 256 on sm_80"),
 )
 
 SHORT_ROWS = 256  # queries and keys of the longest head that one program is given
@@ -212,96 +248,34 @@ def _attention_bwd_kernel(
             kv_block(
                 (query, grad_out, lse, delta, correction, stride_qn, stride_gn),
                 (stride_qh * SPEC.vec, stride_gh * SPEC.vec, stride_lh, stride_mh * SPEC.mask_vec),
-                key,
-                value,
-                stride_kn,
-                stride_vn,
-                mask,
-                mask_strides,
-                grad_key,
-                grad_value,
-                kv_heads * SPEC.d,
-                tile * BLOCK_N,
-                group,
-                nq,
-                nk,
-                keys_end,
-                offset,
-                scale,
-                unit,
-                SPEC,
-                BLOCK_M,
-                BLOCK_N,
-                STAGES,
-            )
+                key, value, stride_kn, stride_vn, mask, mask_strides, grad_key, grad_value,
+                kv_heads * SPEC.d, tile * BLOCK_N, group, nq, nk, keys_end, offset, scale, unit,
+                SPEC, BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
     if PHASES == "q":  # noqa: SIM102
         if tile * BLOCK_M < nq:
             q_tile(
-                (query, grad_out, lse, delta, correction, stride_qn, stride_gn),
-                key,
-                value,
-                stride_kn,
-                stride_vn,
-                mask,
-                mask_strides,
-                grad_query,
-                heads * SPEC.d,
-                tile * BLOCK_M,
-                nq,
-                keys_end,
-                offset,
-                scale,
-                unit,
-                SPEC,
-                BLOCK_M,
-                BLOCK_N,
-                STAGES,
-            )
+                (query, grad_out, lse, delta, correction, stride_qn, stride_gn), key, value,
+                stride_kn, stride_vn, mask, mask_strides, grad_query, heads * SPEC.d,
+                tile * BLOCK_M, nq, keys_end, offset, scale, unit, SPEC, BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
     if PHASES == "delta":  # noqa: SIM102
         if tile * BLOCK_M < nq:
             delta_tile(
-                (query, grad_out, lse, delta, correction, stride_qn, stride_gn),
-                key,
-                stride_kn,
-                mask,
-                mask_strides,
-                grad_lse,
-                out,
-                stride_on,
-                tile * BLOCK_M,
-                nq,
-                keys_end,
-                offset,
-                scale,
-                unit,
-                SPEC,
-                BLOCK_M,
-                BLOCK_N,
-            )
+                (query, grad_out, lse, delta, correction, stride_qn, stride_gn), key, value,
+                stride_kn, stride_vn, mask, mask_strides, grad_lse, out, stride_on, tile * BLOCK_M,
+                nq, keys_end, offset, scale, unit, SPEC, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
     if PHASES == "all":
         q_head, g_head, o_head, m_head = query, grad_out, out, mask
         l_head, d_head, s_head, c_head = lse, delta, grad_lse, correction
         for _ in range(group):
             for first_row in range(0, nq, BLOCK_M):
                 delta_tile(
-                    (q_head, g_head, l_head, d_head, c_head, stride_qn, stride_gn),
-                    key,
-                    stride_kn,
-                    m_head,
-                    mask_strides,
-                    s_head,
-                    o_head,
-                    stride_on,
-                    first_row,
-                    nq,
-                    keys_end,
-                    offset,
-                    scale,
-                    unit,
-                    SPEC,
-                    BLOCK_M,
-                    BLOCK_N,
-                )
+                    (q_head, g_head, l_head, d_head, c_head, stride_qn, stride_gn), key, value,
+                    stride_kn, stride_vn, m_head, mask_strides, s_head, o_head, stride_on,
+                    first_row, nq, keys_end, offset, scale, unit, SPEC, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
             q_head += stride_qh * SPEC.vec
             g_head += stride_gh * SPEC.vec
             o_head += stride_oh * SPEC.vec
@@ -318,51 +292,17 @@ def _attention_bwd_kernel(
             kv_block(
                 (query, grad_out, lse, delta, correction, stride_qn, stride_gn),
                 (stride_qh * SPEC.vec, stride_gh * SPEC.vec, stride_lh, stride_mh * SPEC.mask_vec),
-                key,
-                value,
-                stride_kn,
-                stride_vn,
-                mask,
-                mask_strides,
-                grad_key,
-                grad_value,
-                kv_heads * SPEC.d,
-                first_key,
-                group,
-                nq,
-                nk,
-                keys_end,
-                offset,
-                scale,
-                unit,
-                SPEC,
-                BLOCK_M,
-                BLOCK_N,
-                STAGES,
-            )
+                key, value, stride_kn, stride_vn, mask, mask_strides, grad_key, grad_value,
+                kv_heads * SPEC.d, first_key, group, nq, nk, keys_end, offset, scale, unit, SPEC,
+                BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
         for _ in range(group):
             for first_row in range(0, nq, BLOCK_M):
                 q_tile(
-                    (query, grad_out, lse, delta, correction, stride_qn, stride_gn),
-                    key,
-                    value,
-                    stride_kn,
-                    stride_vn,
-                    mask,
-                    mask_strides,
-                    grad_query,
-                    heads * SPEC.d,
-                    first_row,
-                    nq,
-                    keys_end,
-                    offset,
-                    scale,
-                    unit,
-                    SPEC,
-                    BLOCK_M,
-                    BLOCK_N,
-                    STAGES,
-                )
+                    (query, grad_out, lse, delta, correction, stride_qn, stride_gn), key, value,
+                    stride_kn, stride_vn, mask, mask_strides, grad_query, heads * SPEC.d, first_row,
+                    nq, keys_end, offset, scale, unit, SPEC, BLOCK_M, BLOCK_N, STAGES,
+                )  # fmt: skip
             query += stride_qh * SPEC.vec
             grad_out += stride_gh * SPEC.vec
             lse += stride_lh
@@ -416,49 +356,18 @@ def attention_backward(
     sign = scale
     query, scale = positive_scale(query, scale)
     delta, correction, spec, strides = run_backward(
-        grad_out,
-        grad_lse,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        attn_mask,
-        kv_lengths,
-        query_offset,
-        None,
-        None,
-        (grad_query, grad_key, grad_value),
-        is_causal,
-        scale,
-        (heads * nq, nq),
-        batches,
-        heads,
-        kv_heads,
-        nq,
-        nk,
-    )
+        grad_out, grad_lse, query, key, value, out, lse, attn_mask, kv_lengths, query_offset, None,
+        None, (grad_query, grad_key, grad_value), is_causal, scale, (heads * nq, nq), batches,
+        heads, kv_heads, nq, nk,
+    )  # fmt: skip
     if attn_mask is not None and mask_grad:
         kind = kind_of(query.dtype, spec.precision)
         size_n = triton.next_power_of_2(nk)
         config = MASK_GRAD.choose(capability(query), kind, covered(d), size_n)
         mask_gradient(
-            grad_mask,
-            grad_out,
-            query,
-            key,
-            value,
-            lse,
-            delta,
-            correction,
-            attn_mask,
-            kv_lengths,
-            query_offset,
-            spec,
-            strides,
-            config,
-            scale,
-        )
+            grad_mask, grad_out, query, key, value, lse, delta, correction, attn_mask, kv_lengths,
+            query_offset, spec, strides, config, scale,
+        )  # fmt: skip
     if sign < 0:
         grad_query.neg_()
     elif sign == 0:
@@ -521,17 +430,11 @@ def run_backward(
 
     def start(phases: str, config: BackwardConfig, owners: int, tiles: int) -> None:
         launch(
-            _attention_bwd_kernel,
-            (owners * tiles,),
+            _attention_bwd_kernel, (owners * tiles,),
             (*tensors, *strides, *mask_strides, *lse_strides, heads, group, nq, nk, tiles, scale),
-            SPEC=spec,
-            PHASES=phases,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            STAGES=config.stages,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+            SPEC=spec, PHASES=phases, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            STAGES=config.stages, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
 
     chip, kind = capability(query), kind_of(query.dtype, spec.precision)
     size_d, size_n = covered(spec.d), triton.next_power_of_2(nk)

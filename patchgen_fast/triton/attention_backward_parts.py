@@ -24,16 +24,6 @@ def _row_sums(a, b):
 
 
 @triton.jit
-def _delta(grad, out, grad_lse, lse, row, keep):
-    """delta of each row; a grad_lse of a row that saw nothing does not count."""
-    delta = _row_sums(grad, out)
-    if grad_lse is not None:
-        slope = tl.load(grad_lse + row, mask=keep, other=0.0)
-        delta -= tl.where(lse == float("inf"), 0.0, slope)
-    return delta
-
-
-@triton.jit
 def _scaled(tile, factor):
     scaled = ()
     for i in tl.static_range(len(tile)):
@@ -50,38 +40,43 @@ def _kept(tile, keep):
 
 
 @triton.jit
-def _missed_factor(
-    query, key, stride_qn, stride_kn, mask, mask_strides, row_lse, first_row, nq, keys_end, offset,
-    scale, unit, SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def _sums_again(
+    q, g, key, value, stride_kn, stride_vn, mask, mask_strides, row_lse, first_row, nq, keys_end,
+    offset, scale, unit, SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """1 / sum_j exp(score - lse) of a query tile: 1 but for the rounding of lse."""
+    """Of a query tile: 1 / sum_j exp(score - lse), which is 1 but for the rounding of lse, and
+    sum_j P * dP, which is sum_d grad_out * out but for the rounding of out.
+    """
     lane = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
-    keep = first_row + lane < nq
-    q = load_tile(query, lane * stride_qn, keep, SPEC.d, SPEC.chunks, True)
     total = tl.zeros([BLOCK_M], tl.float32)
+    product = tl.zeros([BLOCK_M], tl.float32)
     for first_key in range(0, keys_end, BLOCK_N):
         there = first_key + column < keys_end
-        k = load_tile(
-            key + wide(first_key) * stride_kn, column * stride_kn, there, SPEC.d, SPEC.chunks, True
+        start = wide(first_key)
+        k = load_tile(key + start * stride_kn, column * stride_kn, there, SPEC.d, SPEC.chunks, True)
+        v = load_tile(
+            value + start * stride_vn, column * stride_vn, there, SPEC.d, SPEC.chunks, True
         )
         scores = mask_scores(
             dot_rows(q, k, SPEC.precision), mask, mask_strides[0], mask_strides[1], first_row,
             first_key, lane[:, None], column[None, :], nq, keys_end, offset, scale, SPEC, True,
             SPEC.causal,
         )  # fmt: skip
-        total += tl.sum(probabilities(scores, row_lse[:, None], 1.0, unit, SPEC), 1)
-    return tl.where(total > 0.0, 1.0 / total, 1.0)
+        p = probabilities(scores, row_lse[:, None], 1.0, unit, SPEC)
+        total += tl.sum(p, 1)
+        product += tl.sum(p * dot_rows(g, v, SPEC.precision), 1)
+    missed = tl.where(total > 0.0, 1.0 / total, 1.0)
+    return missed, product * missed
 
 
 @triton.jit
 def delta_tile(
-    q_side, key, stride_kn, mask, mask_strides, grad_lse, out, stride_on, first_row, nq, keys_end,
-    offset, scale, unit,
-    SPEC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_side, key, value, stride_kn, stride_vn, mask, mask_strides, grad_lse, out, stride_on,
+    first_row, nq, keys_end, offset, scale, unit,
+    SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Writes delta, and for additive masks the correction, of one query tile of one head."""
+    """Writes delta and, where SPEC.corrected, the correction of one query tile of one head."""
     query, grad, lse, delta, correction, stride_qn, stride_gn = q_side
     lane = tl.arange(0, BLOCK_M)
     row = first_row + lane
@@ -90,17 +85,26 @@ def delta_tile(
     g = load_tile(grad + start * stride_gn, lane * stride_gn, keep, SPEC.d, SPEC.chunks, True)
     o = load_tile(out + start * stride_on, lane * stride_on, keep, SPEC.d, SPEC.chunks, True)
     row_lse = load_lse(lse, row, keep)
-    tl.store(delta + row, _delta(g, o, grad_lse, row_lse, row, keep), mask=keep)
+    row_delta = _row_sums(g, o)
     if SPEC.corrected:
         missed = tl.full([BLOCK_M], 1.0, tl.float32)
         # Beside numbers this large log(sum) is lost in a float32 log-sum-exp; in IEEE float32 the
-        # rounding of any lse shows: sum again.
+        # rounding of any lse shows, and that of out where one key has nearly all the weight.
         if SPEC.precise or tl.min(tl.where(keep, row_lse, 0.0), 0) < -1e6:
-            missed = _missed_factor(
-                query + start * stride_qn, key, stride_qn, stride_kn, mask, mask_strides, row_lse,
-                first_row, nq, keys_end, offset, scale, unit, SPEC, BLOCK_M, BLOCK_N,
+            q = load_tile(
+                query + start * stride_qn, lane * stride_qn, keep, SPEC.d, SPEC.chunks, True
+            )
+            missed, row_delta = _sums_again(
+                q, g, key, value, stride_kn, stride_vn, mask, mask_strides, row_lse, first_row, nq,
+                keys_end, offset, scale, unit, SPEC, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         tl.store(correction + row, missed, mask=keep)
+    if grad_lse is not None:
+        slope = tl.load(grad_lse + row, mask=keep, other=0.0)
+        row_delta -= tl.where(
+            row_lse == float("inf"), 0.0, slope
+        )  # a row that saw nothing has none
+    tl.store(delta + row, row_delta, mask=keep)
 
 
 @triton.jit
@@ -126,22 +130,10 @@ def _pass_rows(
         if SPEC.corrected:
             row_correction = tl.load(correction + row, mask=keep, other=0.0)
         scores = mask_scores(
-            dot_rows(k, q, SPEC.precision),
-            mask,
-            mask_strides[0],
-            mask_strides[1],
-            first_row,
-            first_key,
-            lane[None, :],
-            tl.arange(0, BLOCK_N)[:, None],
-            nq,
-            keys_end,
-            offset,
-            scale,
-            SPEC,
-            SPEC.mask_kind != 0,
-            SPEC.causal,
-        )
+            dot_rows(k, q, SPEC.precision), mask, mask_strides[0], mask_strides[1], first_row,
+            first_key, lane[None, :], tl.arange(0, BLOCK_N)[:, None], nq, keys_end, offset, scale,
+            SPEC, SPEC.mask_kind != 0, SPEC.causal,
+        )  # fmt: skip
         p = probabilities(scores, row_lse[None, :], row_correction[None, :], unit, SPEC)
         grad_v = add_dot(grad_v, p.to(g[0].dtype), g, SPEC.precision)
         ds = p * (dot_rows(v, g, SPEC.precision) - row_delta[None, :])
@@ -173,24 +165,10 @@ def kv_block(
         begin = tl.maximum(first_key - offset, 0) // BLOCK_M * BLOCK_M
     for _ in range(group):
         grads = _pass_rows(
-            grads,
-            k,
-            v,
-            (query, grad, lse, delta, correction, stride_qn, stride_gn),
-            mask,
-            mask_strides,
-            first_key,
-            begin,
-            nq,
-            keys_end,
-            offset,
-            scale,
-            unit,
-            SPEC,
-            BLOCK_M,
-            BLOCK_N,
-            STAGES,
-        )
+            grads, k, v, (query, grad, lse, delta, correction, stride_qn, stride_gn), mask,
+            mask_strides, first_key, begin, nq, keys_end, offset, scale, unit, SPEC, BLOCK_M,
+            BLOCK_N, STAGES,
+        )  # fmt: skip
         query += stride_qh
         grad += stride_gh
         lse += stride_lh
@@ -236,22 +214,10 @@ def _pass_keys(
             value + start * stride_vn, column * stride_vn, keep, SPEC.d, SPEC.chunks, CHECK
         )
         scores = mask_scores(
-            dot_rows(q, k, SPEC.precision),
-            mask,
-            mask_strides[0],
-            mask_strides[1],
-            first_row,
-            first_key,
-            tl.arange(0, BLOCK_M)[:, None],
-            column[None, :],
-            nq,
-            end,
-            offset,
-            scale,
-            SPEC,
-            CHECK,
-            SPEC.causal and CHECK,
-        )
+            dot_rows(q, k, SPEC.precision), mask, mask_strides[0], mask_strides[1], first_row,
+            first_key, tl.arange(0, BLOCK_M)[:, None], column[None, :], nq, end, offset, scale,
+            SPEC, CHECK, SPEC.causal and CHECK,
+        )  # fmt: skip
         p = probabilities(scores, row_lse[:, None], row_correction[:, None], unit, SPEC)
         ds = p * (dot_rows(g, v, SPEC.precision) - row_delta[:, None])
         grad_q = add_dot(grad_q, ds.to(q[0].dtype), k, SPEC.precision)
@@ -285,57 +251,15 @@ def q_tile(
     full = full // BLOCK_N * BLOCK_N
     grad_q = zeros_tile(BLOCK_M, SPEC.chunks)
     grad_q = _pass_keys(
-        grad_q,
-        q,
-        g,
-        row_lse,
-        row_delta,
-        row_correction,
-        key,
-        value,
-        stride_kn,
-        stride_vn,
-        mask,
-        mask_strides,
-        first_row,
-        0,
-        full,
-        nq,
-        offset,
-        scale,
-        unit,
-        SPEC,
-        BLOCK_M,
-        BLOCK_N,
-        False,
+        grad_q, q, g, row_lse, row_delta, row_correction, key, value, stride_kn, stride_vn, mask,
+        mask_strides, first_row, 0, full, nq, offset, scale, unit, SPEC, BLOCK_M, BLOCK_N, False,
         STAGES,
-    )
+    )  # fmt: skip
     grad_q = _pass_keys(
-        grad_q,
-        q,
-        g,
-        row_lse,
-        row_delta,
-        row_correction,
-        key,
-        value,
-        stride_kn,
-        stride_vn,
-        mask,
-        mask_strides,
-        first_row,
-        full,
-        keys_end,
-        nq,
-        offset,
-        scale,
-        unit,
-        SPEC,
-        BLOCK_M,
-        BLOCK_N,
-        True,
-        1,
-    )
+        grad_q, q, g, row_lse, row_delta, row_correction, key, value, stride_kn, stride_vn, mask,
+        mask_strides, first_row, full, keys_end, nq, offset, scale, unit, SPEC, BLOCK_M, BLOCK_N,
+        True, 1,
+    )  # fmt: skip
     store_tile(
         grad_query + start * stride_on,
         lane * stride_on,

@@ -212,17 +212,12 @@ def decode(
         statistics = empty(lse, shares, *lse.shape, 2)
     tensors = (query, key, value, out, lse, partial, statistics, attn_mask, kv_lengths)
     launch(
-        _attention_decode_kernel,
-        (pairs * shares,),
+        _attention_decode_kernel, (pairs * shares,),
         (*tensors, query_offset, *strides, *mask_strides, heads, group, nq, nk, shares, scale),
-        SPEC=spec,
-        SPLIT=shares > 1,
-        ROWS=max(16, triton.next_power_of_2(group * nq)),
-        BLOCK_N=config.block_n,
-        STAGES=config.stages,
-        num_warps=config.warps,
+        SPEC=spec, SPLIT=shares > 1, ROWS=max(16, triton.next_power_of_2(group * nq)),
+        BLOCK_N=config.block_n, STAGES=config.stages, num_warps=config.warps,
         num_stages=config.stages,
-    )
+    )  # fmt: skip
     if shares > 1:
         launch(
             _attention_combine_kernel,

@@ -24,7 +24,7 @@ from .attention_parts import (
     visible_keys,
 )
 from .launch import empty, launch, multiprocessors
-from .patches import sum_shares
+from .sums import sum_shares
 from .tiles import dot_rows, load_tile, wide
 
 _STRIDES = [f"stride_{t}{d}" for t in "qkvg" for d in "bhn"]
@@ -126,22 +126,10 @@ def _attention_mask_grad_kernel(
                     True,
                 )
                 scores = mask_scores(
-                    dot_rows(q, k, SPEC.precision),
-                    m_head,
-                    stride_mq,
-                    stride_mk,
-                    m,
-                    n,
-                    lane[:, None],
-                    column[None, :],
-                    nq,
-                    keys_end,
-                    offset,
-                    scale,
-                    SPEC,
-                    True,
+                    dot_rows(q, k, SPEC.precision), m_head, stride_mq, stride_mk, m, n,
+                    lane[:, None], column[None, :], nq, keys_end, offset, scale, SPEC, True,
                     SPEC.causal,
-                )
+                )  # fmt: skip
                 p = probabilities(scores, row_lse[:, None], row_correction[:, None], unit, SPEC)
                 total += p * (dot_rows(g, v, SPEC.precision) - row_delta[:, None])
     row = (first_row + lane)[:, None]
@@ -193,16 +181,10 @@ def mask_gradient(
     tensors = (grad_out, query, key, value, lse, delta, correction, attn_mask, kv_lengths)
     sizes = (batches, heads, heads // kv_heads, nq, nk, mask_batches, mask_heads)
     launch(
-        _attention_mask_grad_kernel,
-        (tiles * shares,),
+        _attention_mask_grad_kernel, (tiles * shares,),
         (*tensors, query_offset, partial, *strides, *sizes, tiles_q, tiles_k, shares, scale),
-        SPEC=spec,
-        MASK_ROWS=mask_rows > 1,
-        MASK_KEYS=mask_keys > 1,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+        SPEC=spec, MASK_ROWS=mask_rows > 1, MASK_KEYS=mask_keys > 1, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
     if shares > 1:
         sum_shares(partial, grad_mask)

@@ -10,6 +10,7 @@ subtraction is one rounding more than eager's.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -176,9 +177,7 @@ def exponentials(scores, maximum, unit, SPEC: tl.constexpr):
 
 
 @triton.jit
-def inverse_and_lse(
-    maximum, total, unit, SPEC: tl.constexpr
-):  # fmt: skip
+def inverse_and_lse(maximum, total, unit, SPEC: tl.constexpr):
     """1 / sum and the natural log-sum-exp; 0 and -inf for a row that sees nothing."""
     if SPEC.natural:  # noqa: SIM108 (a constexpr decides)
         lse = maximum + tl.log(total)
@@ -244,7 +243,7 @@ def make_spec(
     attn_mask: torch.Tensor | None,
     is_causal: bool,
     may_be_empty: bool,
-) -> tuple[Spec, tuple[int, ...], tuple[int, int, int, int]]:
+) -> tuple[Spec, tuple[int, ...], tuple[int, ...]]:
     """The Spec of a call and the strides that go with it.
 
     `tensors` are [.., heads, tokens, D]: their strides but the last come back one after the other,
@@ -252,41 +251,60 @@ def make_spec(
     those of the mask, 0 where it is broadcast.
     """
     first = tensors[0]
+    dtype = first.dtype
+    mask = None
+    if attn_mask is not None:
+        mask = attn_mask.dtype, attn_mask.shape, attn_mask.stride()
+    strides = tuple([tensor.stride() for tensor in tensors])
+    return _spec(
+        first.shape[-1], dtype, dot_precision(dtype), strides, mask, is_causal, may_be_empty
+    )
+
+
+@lru_cache(maxsize=4096)
+def _spec(
+    d: int,
+    dtype: torch.dtype,
+    precision: str,
+    all_strides: tuple[tuple[int, ...], ...],
+    mask: tuple[torch.dtype, torch.Size, tuple[int, ...]] | None,
+    is_causal: bool,
+    may_be_empty: bool,
+) -> tuple[Spec, tuple[int, ...], tuple[int, ...]]:
     strides: tuple[int, ...] = ()
-    for tensor in tensors:
-        strides += tensor.stride()[:3] if tensor.dim() == 4 else (0, *tensor.stride()[:2])
-    vec = vector(first.element_size(), *strides)
-    if vec > 1:
-        strides = tuple(stride // vec for stride in strides)
+    for each in all_strides:
+        strides += each[:3] if len(each) == 4 else (0, *each[:2])
+    vec = vector(dtype.itemsize, *strides)
     batch = head = row = key = 0
     kind, unit, mask_vec = 0, True, 1
-    if attn_mask is not None:
+    if mask is not None:
+        mask_dtype, mask_shape, mask_strides = mask
         batch, head, row, key = (
             0 if size == 1 else stride
-            for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True)
+            for size, stride in zip(mask_shape, mask_strides, strict=True)
         )
-        kind, unit = (1 if attn_mask.dtype is torch.bool else 2), key == 1
+        kind, unit = (1 if mask_dtype is torch.bool else 2), key == 1
         if unit:
-            mask_vec = vector(max(2, attn_mask.element_size()), batch, head, row)
-    d, precision = first.shape[-1], dot_precision(first.dtype)
+            mask_vec = vector(max(2, mask_dtype.itemsize), batch, head, row)
     # Float32 operands of 64 columns at a time: half the registers, and sums in shorter pieces.
-    widest = 64 if first.dtype is torch.float32 else 256
+    widest = 64 if dtype is torch.float32 else 256
     spec = Spec(
-        d,
-        chunks(d, widest),
-        vec,
-        kind,
-        row != 0,
-        unit,
-        mask_vec,
-        is_causal,
-        may_be_empty or kind != 0,
-        kind == 2 or first.dtype is torch.float32,
-        precision == "ieee",
-        kind == 2 or precision == "ieee",
-        precision,
+        d=d,
+        chunks=chunks(d, widest),
+        vec=vec,
+        mask_kind=kind,
+        mask_rows=row != 0,
+        mask_unit=unit,
+        mask_vec=mask_vec,
+        causal=is_causal,
+        may_be_empty=may_be_empty or kind != 0,
+        natural=kind == 2 or dtype is torch.float32,
+        precise=precision == "ieee",
+        corrected=kind == 2 or precision == "ieee",
+        precision=precision,
     )
-    return spec, strides, (batch // mask_vec, head // mask_vec, row // mask_vec, key)
+    scaled = tuple(stride // vec for stride in strides)
+    return spec, scaled, (batch // mask_vec, head // mask_vec, row // mask_vec, key)
 
 
 def positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:

@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import triton
+
+from .. import __version__
 
 HALF, TF32, IEEE = "half", "tf32", "ieee"
 ANY = (HALF, TF32, IEEE)
@@ -58,6 +60,16 @@ def kind_of(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype is torch.float32 else HALF
 
 
+class Question(NamedTuple):
+    """What a table is asked: chip (90 is sm_90), arithmetic, D, keys, whether masked."""
+
+    chip: int
+    kind: str
+    d: int
+    n: int
+    masked: bool
+
+
 class Table(Generic[Config]):
     """Rows in order, and the answers already given: a call costs one dictionary look-up."""
 
@@ -68,14 +80,40 @@ class Table(Generic[Config]):
 
     def choose(self, chip: int, kind: str, d: int, n: int, masked: bool = False) -> Config:
         """The tuned configuration of these sizes if there is one, else the first row that holds."""
-        question = (chip, kind, d, n, masked)
-        if question not in self._answers:
-            answer = next(row.config for row in self.rows if row.holds(*question))
-            tuned = _tuned().get(tuned_key(self.name, kind, d, n, masked))
+        if _asked is not None:
+            _asked.append((self, Question(chip, kind, d, n, masked)))
+        key = chip, kind, d, n, masked
+        if key not in self._answers:
+            question = Question(*key)
+            answer = self.shipped(question)
+            tuned = _tuned().get(self.key(question))
             if tuned is not None and answer is not None:
                 answer = type(answer)(**tuned)
-            self._answers[question] = answer
-        return self._answers[question]
+            self._answers[key] = answer
+        return self._answers[key]
+
+    def shipped(self, question: Question) -> Config:
+        """The first row that holds, whatever has been tuned."""
+        return next(row.config for row in self.rows if row.holds(*question))
+
+    def key(self, question: Question) -> str:
+        """How a tuned file names a question; the chip is in the file's environment."""
+        _, kind, d, n, masked = question
+        return f"{self.name}/{kind}/{d}/{n}" + "/masked" * masked
+
+
+_asked: list[tuple[Table[Any], Question]] | None = None
+
+
+@contextmanager
+def asking() -> Iterator[list[tuple[Table[Any], Question]]]:
+    """Collects which tables are asked what, so that a search knows what a call depends on."""
+    global _asked
+    before, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = before
 
 
 @contextmanager
@@ -87,11 +125,6 @@ def answering(table: Table[Any], config: Any) -> Iterator[None]:
         yield
     finally:
         table.rows, table._answers = rows, answers
-
-
-def tuned_key(name: str, kind: str, d: int, n: int, masked: bool) -> str:
-    """How a tuned file names a question."""
-    return f"{name}/{kind}/{d}/{n}" + "/masked" * masked
 
 
 def tuned_path() -> Path:
@@ -106,13 +139,25 @@ def tuned_path() -> Path:
 def environment() -> dict[str, str]:
     """What a tuned file must have been made with to be believed."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
+    return {
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "patchgen_fast": __version__,
+    }
+
+
+def read_tuned() -> dict[str, Any]:
+    """The tuned file, or an empty document where there is none or it was made elsewhere."""
+    try:
+        document = json.loads(tuned_path().read_text())
+        if document["environment"] == environment():
+            return {"configs": {}, "gains": {}, **document}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {"environment": environment(), "configs": {}, "gains": {}}
 
 
 @cache
 def _tuned() -> dict[str, dict[str, Any]]:
-    try:
-        document = json.loads(tuned_path().read_text())
-        return document["configs"] if document["environment"] == environment() else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    return dict(read_tuned()["configs"])

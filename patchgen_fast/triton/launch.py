@@ -100,6 +100,7 @@ def vector(itemsize: int, *strides: int) -> int:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How float32 products are taken: as torch.backends.cuda.matmul says; 16-bit ones are exact."""
-    if dtype is torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+    # Not allow_tf32: it raises where a user has set fp32_precision.
+    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
     return "tf32"

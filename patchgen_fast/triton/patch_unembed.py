@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from .launch import empty, launch, multiprocessors
-from .patches import pixels_to_rows, rows_to_pixels, sum_shares, weight_gradient
+from .patches import pixels_to_rows, rows_to_pixels, weight_gradient
+from .sums import sum_shares
 from .tiles import wide
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .launch import empty, launch, multiprocessors, vector
-from .patches import sum_shares
+from .sums import sum_shares
 from .tiles import wide
 
 BLOCK = 16  # tokens of a program: two tiles of [16, 128] float32 at D 256 stay in registers

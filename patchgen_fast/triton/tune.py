@@ -1,10 +1,10 @@
 """Times candidate configurations on the user's GPU and keeps those that win: `patchgen-fast tune`.
 
-For every question (kernel, kind of arithmetic, D, keys) of the cases asked for, each candidate is
-compiled, dropped if it spills or does not fit, checked against the table's own result, and timed
-with its inputs out of cache. A candidate that is at least 3 % faster than the table's row is
-written to `configs.tuned_path()`, which `Table.choose` prefers as long as GPU, torch and triton are
-the same.
+A case is a self-attention in bfloat16, forward and backward. Each table that its calls ask is
+searched on its own: every candidate that compiles and fits is held against the shipped row's
+result, then timed with its inputs out of cache. One that is at least 3 % faster than the shipped
+row is written to `configs.tuned_path()`, which `Table.choose` prefers as long as GPU, torch, triton
+and patchgen_fast are those that it was made with.
 """
 
 from __future__ import annotations
@@ -13,58 +13,86 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import triton
+from triton.errors import TritonError
 
-from . import attention, attention_backward, configs
-from .configs import Table, environment, kind_of, tuned_key, tuned_path
+from . import attention, attention_backward
+from .attention import ShortConfig, StreamConfig
+from .attention_backward import BackwardConfig
+from .configs import Question, Table, answering, asking, environment, read_tuned, tuned_path
 
-LEAST_GAIN = 1.03
+LEAST_GAIN = 1.03  # less is within the noise of twenty runs
+Run = Callable[[], tuple[torch.Tensor, ...]]
 
-# name, batch, heads, tokens, D
+
+class NoGpu(RuntimeError):
+    """There is nothing to time kernels on."""
+
+
+class Case(NamedTuple):
+    """A self-attention to tune for; D is the head dimension."""
+
+    name: str
+    batch: int
+    heads: int
+    tokens: int
+    d: int
+
+    def __str__(self) -> str:
+        return f"{self.name} B{self.batch} H{self.heads} N{self.tokens} D{self.d}"
+
+
 CASES = (
-    ("MAE encoder", 256, 12, 50, 64),
-    ("ViT-B", 128, 12, 197, 64),
-    ("MAE decoder", 256, 16, 197, 32),
-    ("DiT", 64, 16, 256, 72),
-    ("ViT-L", 64, 16, 577, 64),
-    ("SigLIP", 32, 16, 729, 72),
-    ("DINOv2-g", 16, 24, 1370, 64),
+    Case("mae-encoder", 256, 12, 50, 64),
+    Case("vit-b", 128, 12, 197, 64),
+    Case("mae-decoder", 256, 16, 197, 32),
+    Case("dit", 64, 16, 256, 72),
+    Case("vit-l", 64, 16, 577, 64),
+    Case("siglip", 32, 16, 729, 72),
+    Case("dinov2-g", 16, 24, 1370, 64),
 )
 
 
 @dataclass(frozen=True)
-class Gain:
-    """One question's answer: what the table takes and what won, in microseconds."""
+class Outcome:
+    """One search's end: microseconds by the shipped row and by the best, which is `config` (None
+    where the shipped row stands), and how many candidates were timed.
+    """
 
     case: str
+    table: str
     key: str
     before: float
     after: float
-    config: dict[str, Any]
+    config: dict[str, Any] | None
+    timed: int
+
+    def __str__(self) -> str:
+        what = f"{self.case}, {self.table}: {self.before:.1f} us"
+        if self.config is None:
+            return f"{what}, the shipped configuration stands ({self.timed} others timed)"
+        options = ", ".join(f"{name} {value}" for name, value in self.config.items())
+        return f"{what} -> {self.after:.1f} us, {self.before / self.after:.2f} times, by {options}"
 
 
-def candidates(table: Table[Any]) -> Iterator[Any]:
-    """Configurations worth a try for a table of attention kernels."""
-    if table is attention.SHORT:
-        for block_m, warps in ((64, 4), (128, 8), (32, 2)):
+def candidates(config: Any) -> Iterator[Any]:
+    """Configurations worth a try in place of one."""
+    if isinstance(config, ShortConfig):
+        for block_m, warps in ((32, 2), (64, 4), (128, 8)):
             for stages in (1, 2):
                 for one_pass in (True, False):
-                    yield attention.ShortConfig(block_m, warps, stages, one_pass)
-        return
-    config = (
-        attention.StreamConfig if table is attention.STREAM else attention_backward.BackwardConfig
-    )
-    for block_m in (32, 64, 128):
-        for block_n in (32, 64, 128):
-            for warps in (4, 8):
-                for stages in (1, 2, 3):
-                    yield config(block_m, block_n, warps, stages)
+                    yield ShortConfig(block_m, warps, stages, one_pass)
+    elif isinstance(config, (StreamConfig, BackwardConfig)):
+        for block_m in (32, 64, 128):
+            for block_n in (32, 64, 128):
+                for warps in (4, 8):
+                    for stages in (1, 2, 3):
+                        yield type(config)(block_m, block_n, warps, stages)
 
 
-def microseconds(run: Callable[[], Any], repeats: int = 20) -> float:
+def microseconds(run: Run, repeats: int = 20) -> float:
     """Median time of `run` on the GPU with a cold L2: a buffer larger than it is written before."""
     flush = torch.empty(256 * 1024 * 1024, dtype=torch.int8, device="cuda")
     times = []
@@ -79,85 +107,113 @@ def microseconds(run: Callable[[], Any], repeats: int = 20) -> float:
     return statistics.median(times[3:])
 
 
-def _tables(n: int) -> tuple[Table[Any], ...]:
-    forward = attention.SHORT if n <= attention.SHORT_KEYS else attention.STREAM
-    if n <= attention_backward.SHORT_ROWS:
-        return forward, attention_backward.SHORT_BACKWARD
-    return forward, attention_backward.KV_BACKWARD, attention_backward.Q_BACKWARD
+def calls(case: Case, device: str) -> tuple[Run, Run]:
+    """The case's forward and backward, on random numbers."""
+    shape = (case.batch, case.tokens, 3, case.heads, case.d)
+    qkv = torch.randn(shape, dtype=torch.bfloat16, device=device)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    rest = (None, None, None, False, case.d**-0.5)
+    out, lse = attention.attention(query, key, value, *rest)
+    grad = torch.randn_like(out)
+
+    def forward() -> tuple[torch.Tensor, ...]:
+        return attention.attention(query, key, value, *rest)[:1]
+
+    def backward() -> tuple[torch.Tensor, ...]:
+        return attention_backward.attention_backward(
+            grad, None, query, key, value, out, lse, *rest, False
+        )[:3]
+
+    return forward, backward
 
 
-def _key(table: Table[Any], kind: str, d: int, n: int) -> str:
-    from .attention_parts import covered
+def tune(
+    cases: tuple[Case, ...] = CASES,
+    *,
+    device: str = "cuda",
+    timer: Callable[[Run], float] = microseconds,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Iterator[Outcome]:
+    """Searches, and yields what each search found; what won is in the file by then.
 
-    short = table in (attention.SHORT, attention_backward.SHORT_BACKWARD)
-    keys = covered(n, 128) if short else triton.next_power_of_2(n)
-    return tuned_key(table.name, kind, covered(d), keys, False)
+    Args:
+        cases: the shapes to tune for.
+        device: where to run; "cpu" serves only under Triton's interpreter.
+        timer: microseconds that a call takes.
+        progress: told (candidates done, of how many, what is searched).
 
-
-def tune(report: Callable[[str], None] = print, cases: tuple[Any, ...] = CASES) -> list[Gain]:
-    """Searches, writes the file, and returns what was gained. Raises RuntimeError without a GPU."""
-    if not torch.cuda.is_available():
-        raise RuntimeError("tune: expected a CUDA device to time kernels on; found none")
-    gains = []
-    for name, batch, heads, n, d in cases:
-        shape = (batch, n, 3, heads, d)
-        qkv = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        common = (None, None, None, False, d**-0.5)
-        out, lse = attention.attention(query, key, value, *common)
-        grad = torch.randn_like(out)
-
-        def forward(args=(query, key, value, *common)):
-            return attention.attention(*args)[:1]
-
-        def backward(args=(grad, None, query, key, value, out, lse, *common, False)):
-            return attention_backward.attention_backward(*args)[:3]
-
-        kind = kind_of(query.dtype, "tf32")
-        for table in _tables(n):
-            run = forward if table in (attention.SHORT, attention.STREAM) else backward
-            gain = _best(f"{name} B{batch} N{n} D{d}", table, _key(table, kind, d, n), run)
-            if gain is not None:
-                report(
-                    f"{gain.case}: {table.name} {gain.before:.1f} -> {gain.after:.1f} us, "
-                    f"{gain.config}"
-                )
-                gains.append(gain)
-    _write(gains)
-    report(f"{len(gains)} configurations faster than the shipped ones, in {tuned_path()}")
-    return gains
+    Raises:
+        NoGpu: without a CUDA device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise NoGpu(
+            "tune: expected a CUDA device to time kernels on; found none. The shipped "
+            "configurations serve without it"
+        )
+    for case in cases:
+        for run in calls(case, device):
+            with asking() as asked:
+                run()
+            for table, question in dict.fromkeys(asked):
+                if table.shipped(question) is None:
+                    continue
+                outcome = _search(str(case), table, question, run, timer, progress)
+                _keep(outcome)
+                yield outcome
 
 
-def _best(case: str, table: Table[Any], key: str, run: Callable[[], Any]) -> Gain | None:
-    """The fastest candidate that is right, if it beats the row that stands."""
-    expected = [x.float() for x in run()]
-    before = microseconds(run)
-    best, after = None, before / LEAST_GAIN
-    for candidate in candidates(table):
-        with configs.answering(table, candidate):
+def _search(
+    case: str,
+    table: Table[Any],
+    question: Question,
+    run: Run,
+    timer: Callable[[Run], float],
+    progress: Callable[[int, int, str], None] | None,
+) -> Outcome:
+    """The fastest candidate that is right, if it beats the shipped row."""
+    shipped = table.shipped(question)
+    with answering(table, shipped):
+        expected = run()
+        before = timer(run)
+    others = [candidate for candidate in candidates(shipped) if candidate != shipped]
+    best, after, timed = None, before / LEAST_GAIN, 0
+    for done, candidate in enumerate(others):
+        if progress is not None:
+            progress(done, len(others), f"{case}, {table.name}")
+        with answering(table, candidate):
             try:
-                got = run()
-                torch.cuda.synchronize()
-            except (triton.runtime.errors.OutOfResources, triton.CompilationError, ValueError):
+                right = all(map(_close, run(), expected))
+            except TritonError:
+                continue  # too large for this chip
+            if not right:
                 continue
-            close = all(
-                torch.allclose(a.float(), b, atol=2e-2, rtol=2e-2)
-                for a, b in zip(got, expected, strict=True)
-            )
-            time = microseconds(run) if close else float("inf")
+            time = timer(run)
+        timed += 1
         if time < after:
             best, after = candidate, time
-    return None if best is None else Gain(case, key, before, after, asdict(best))
+    key = table.key(question)
+    if best is None:
+        return Outcome(case, table.name, key, before, before, None, timed)
+    return Outcome(case, table.name, key, before, after, asdict(best), timed)
 
 
-def _write(gains: list[Gain]) -> None:
-    document = {
-        "environment": environment(),
-        "configs": {gain.key: gain.config for gain in gains},
-        "gains": [asdict(gain) for gain in gains],
-    }
+def _close(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two results of the same sums in another order agree to their dtype's rounding."""
+    most = 4 * torch.finfo(got.dtype).eps * expected.abs().max().item()
+    return bool(((got.float() - expected.float()).abs() <= most).all())
+
+
+def _keep(outcome: Outcome) -> None:
+    """Writes the outcome beside what the file holds already, unless that was made elsewhere."""
+    document = read_tuned()
+    document["environment"] = environment()
+    document["gains"][outcome.key] = asdict(outcome)
+    if outcome.config is None:
+        document["configs"].pop(outcome.key, None)
+    else:
+        document["configs"][outcome.key] = outcome.config
     path = tuned_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=1))
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
     temporary.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -115,6 +116,20 @@ def layer_norm() -> None:
     add_layer_norm.add_layer_norm_backward(x, x, x, weight, row, row)
 
 
+def tf32(call: Callable[[], None]) -> Callable[[], None]:
+    """`call` where the user allows TF32."""
+
+    def allowed() -> None:
+        matmul = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+        try:
+            call()
+        finally:
+            matmul.fp32_precision = before
+
+    return allowed
+
+
 SOURCES = {
     "short n50": lambda: forward(64, 50),
     "short n197": lambda: forward(64, 197),
@@ -131,8 +146,13 @@ SOURCES = {
     "stream d72 bias": lambda: forward(72, 576, mask="bias"),
     "stream d64 f32": lambda: forward(64, 729, dtype=F32),
     "stream d256 f32": lambda: forward(256, 729, dtype=F32),
+    "stream d128 f32": lambda: forward(128, 729, dtype=F32),
+    "stream d128 tf32": tf32(lambda: forward(128, 729, dtype=F32)),
+    "stream d256 tf32": tf32(lambda: forward(256, 729, dtype=F32)),
     "decode d64 gqa": lambda: forward(64, 4, 1024, kv_heads=3, causal=True),
     "decode d256": lambda: forward(256, 1, 1024),
+    "decode d128 f32": lambda: forward(128, 1, 1024, dtype=F32),
+    "decode d256 f32": lambda: forward(256, 1, 1024, dtype=F32),
     "packed d72": lambda: packed(72, False),
     "backward short n197": lambda: backward(64, 197),
     "backward d64": lambda: backward(64, 729),
@@ -142,11 +162,19 @@ SOURCES = {
     "backward d64 causal": lambda: backward(64, 729, causal=True),
     "backward d64 bias": lambda: backward(64, 576, mask="bias"),
     "backward d64 f32": lambda: backward(64, 729, dtype=F32),
+    "backward d128 f32": lambda: backward(128, 729, dtype=F32),
+    "backward d256 f32": lambda: backward(256, 729, dtype=F32),
+    "backward d128 tf32": tf32(lambda: backward(128, 729, dtype=F32)),
+    "backward d256 tf32": tf32(lambda: backward(256, 729, dtype=F32)),
+    "backward d64 bias f32": lambda: backward(64, 576, dtype=F32, mask="bias"),
+    "backward d256 bias f32": lambda: backward(256, 576, dtype=F32, mask="bias"),
+    "backward d256 bias": lambda: backward(256, 576, mask="bias"),
     "backward packed d64": lambda: packed(64, True),
     "embed p16 uint8": lambda: embed(meta(8, 3, 224, 224, dtype=torch.uint8), (16, 16), 768),
     "embed p14 float32": lambda: embed(meta(8, 3, 224, 224, dtype=F32), (14, 14), 1024),
     "embed video": lambda: embed(meta(8, 3, 8, 224, 224), (2, 16, 16), 768),
     "embed p2 f32": lambda: embed(meta(8, 4, 32, 32, dtype=F32), (2, 2), 1152, F32),
+    "embed p16 tf32": tf32(lambda: embed(meta(8, 3, 224, 224, dtype=F32), (16, 16), 768, F32)),
     "unembed p2": unembed,
     "rope rms": lambda: rope("rms", False),
     "rope layer pairs": lambda: rope("layer", True),

@@ -22,11 +22,18 @@ def matrix_instruction(source: str, item: Launch, binary: Binary) -> str | None:
         return None
     if item.options.get("PHASES") == "delta":
         return None  # row sums; a product only to mend a log-sum-exp near finfo.min
+    if "tf32" in source:
+        return "MMA"
     if "f32" in source:
         return None  # IEEE float32 products run on the plain cores
     if "decode" in binary.name or "d256" in source or binary.warps % 4:
         return "MMA"  # tiles of 16 or 32 rows, too few for wgmma: at D 256 wider ones spill
     return binary.matrix_instruction
+
+
+def spills_are_meant(source: str) -> bool:
+    """D above 128 with masks or in float32: tiles of 16 rows are the smallest there are."""
+    return "d256" in source and ("bias" in source or "f32" in source)
 
 
 def scalar_loads_are_meant(source: str, binary: Binary) -> bool:
@@ -44,7 +51,8 @@ def test_compiles_to_what_was_meant(source: str, capability: int) -> None:
     for item in launches:
         binary = compile_launch(item, capability)
         what = f"{binary.name} {item.options}: {binary.registers} registers"
-        assert not binary.spills, f"{what}, stack {binary.stack}"
+        if not spills_are_meant(source):
+            assert not binary.spills, f"{what}, stack {binary.stack}"
         assert binary.fits, f"{what}, {binary.shared} bytes of shared memory"
         assert binary.blocks >= 1, what
         wanted = matrix_instruction(source, item, binary)

@@ -1,6 +1,7 @@
 """Every launcher in these tests allocates guarded, poisoned outputs."""
 
 import pytest
+from oracle import Target
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +14,9 @@ def allocations(monkeypatch):
     monkeypatch.setattr(launch, "_allocate", made)
     yield made
     made.check()
+
+
+@pytest.fixture
+def target() -> Target:
+    """Triton's interpreter, for tests that all backends share."""
+    return Target("triton", "cpu")
