@@ -27,6 +27,7 @@ from patchgen_fast.triton import attention  # noqa: E402
 from patchgen_fast.triton.aot import compile_launch  # noqa: E402
 from patchgen_fast.triton.bounds import (  # noqa: E402
     H200,
+    decode_bounds,
     forward_bounds,
     keys_a_loop,
     tile_instructions,
@@ -89,6 +90,21 @@ def bound_row(shape: tuple[str, int, int, int, int]) -> str:
     )
 
 
+def decode_row() -> str:
+    """The same bounds of a decoding step: 64 sequences, 12 heads, 256 keys."""
+    batch, heads, keys, d = 64, 12, 256, 64
+    with recording(90) as launches:
+        attention.attention(*attend(d, 1, keys, batch=batch, h=heads))
+    (item,) = launches
+    binary = compile_launch(item, 90)
+    bounds = decode_bounds(binary, item, batch, heads, heads, 1, keys, d)
+    return (
+        f"| decode B{batch} H{heads} N1 to {keys} D{d} | decode | {bounds.memory:.1f} "
+        f"| {bounds.products:.1f} | {bounds.exponentials:.1f} | {bounds.issue:.1f} "
+        f"| {bounds.limit}, {bounds.largest:.1f} | {1 / item.options['ROWS']:.0%} | |"
+    )
+
+
 def report() -> str:
     """The whole document."""
     lines = [
@@ -112,6 +128,7 @@ def report() -> str:
         "| shape | kernel | memory | products | exponentials | issue | largest | useful | tile |",
         "|---|---|---|---|---|---|---|---|---|",
         *map(bound_row, SHAPES),
+        decode_row(),
     ]
     questions = [(source, capability) for capability in CAPABILITIES for source in SOURCES]
     with ProcessPoolExecutor(os.cpu_count()) as pool:

@@ -17,6 +17,10 @@ Two kernels, both without a score matrix in memory:
 
 Bytes moved: each of query, key, value and out once (short) or key and value once a query tile
 (streaming, mostly out of L2), and four a row for the log-sum-exp. Sums are float32.
+
+Tiles are loaded through pointers on every chip. Tensor descriptors (TMA) would have to be encoded
+on the host at every call, within its 25 microseconds, and D = 72 takes two of them: whether they
+gain is for a GPU to say first.
 """
 
 from __future__ import annotations

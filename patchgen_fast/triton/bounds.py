@@ -95,3 +95,23 @@ def forward_bounds(
         exponentials=scores / chip.exponentials_per_second * 1e6,
         issue=a_program * binary.warps * programs / chip.warp_instructions_per_second * 1e6,
     )
+
+
+def decode_bounds(
+    binary: Binary, item: Launch, batches: int, heads: int, kv_heads: int, nq: int, nk: int, d: int,
+    chip: Chip = H200,
+) -> Bounds:  # fmt: skip
+    """Bounds of a 16-bit, unmasked decoding step whose keys `item` passes once."""
+    block_n, programs = item.options["BLOCK_N"], item.grid[0]
+    shares = programs // (batches * kv_heads)
+    blocks = -(-nk // (shares * block_n))
+    loop = binary.innermost()[0]["all"]
+    a_program = binary.instructions["all"] + loop * (blocks - 1)
+    scores = programs * item.options["ROWS"] * blocks * block_n
+    moved = 4 * d * batches * (kv_heads * nk + heads * nq) + 4 * batches * heads * nq
+    return Bounds(
+        memory=moved / chip.bytes_per_second * 1e6,
+        products=4 * scores * covered(d) / chip.flop_per_second * 1e6,
+        exponentials=scores / chip.exponentials_per_second * 1e6,
+        issue=a_program * binary.warps * programs / chip.warp_instructions_per_second * 1e6,
+    )

@@ -137,6 +137,7 @@ SOURCES = {
     "short n197 d72": lambda: forward(72, 197),
     "short n128 d128": lambda: forward(128, 128),
     "stream cross n77": lambda: forward(64, 1024, 77),
+    "stream n197 causal": lambda: forward(64, 197, causal=True),
     "stream d64": lambda: forward(64, 729),
     "stream d72": lambda: forward(72, 729),
     "stream d128 f16": lambda: forward(128, 729, dtype=F16),
