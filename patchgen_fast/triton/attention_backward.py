@@ -43,7 +43,7 @@ from .attention_parts import (
     sequence,
     visible_keys,
 )
-from .configs import BLACKWELL, FLOAT32, HOPPER, IEEE, TF32, Row, Table, kind_of
+from .configs import BLACKWELL, DATACENTER, FLOAT32, HOPPER, IEEE, TF32, Row, Table, kind_of
 from .launch import capability, empty, launch
 from .tiles import wide
 
@@ -91,10 +91,18 @@ KV_BACKWARD: Table[BackwardConfig] = Table(
         "IEEE products on the plain cores: four warps spill on sm_80 (static)",
         kinds=(IEEE,),
         d=128,
+        masked=False,
+    ),
+    Row(
+        BackwardConfig(16, 32, 8, 1),
+        "IEEE: 32 rows beside a mask's tile spill on sm_90 (static)",
+        kinds=(IEEE,),
+        d=128,
     ),
     Row(BackwardConfig(16, 16, 4, 1), "IEEE, wide heads", kinds=(IEEE,)),
     Row(BackwardConfig(32, 32, 4, 1), "TF32 takes twice the shared memory", kinds=(TF32,), d=128),
-    Row(BackwardConfig(16, 32, 8, 1), "TF32, wide heads", kinds=(TF32,)),
+    Row(BackwardConfig(16, 32, 8, 1), "TF32, wide heads", chips=DATACENTER, kinds=(TF32,)),
+    Row(BackwardConfig(16, 16, 4, 1), "TF32, wide heads: fits 99 KiB", kinds=(TF32,)),
     Row(
         BackwardConfig(64, 64, 4, 1),
         "static: 174 registers, 440 instructions a 64 x 64 tile; a mask's tile spills",
