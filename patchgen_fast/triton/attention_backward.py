@@ -140,7 +140,19 @@ KV_BACKWARD: Table[BackwardConfig] = Table(
 )
 Q_BACKWARD: Table[BackwardConfig] = Table(
     "attention_backward_q",
-    Row(BackwardConfig(32, 32, 8, 1), "IEEE: four warps spill (static)", kinds=(IEEE,), d=128),
+    Row(
+        BackwardConfig(32, 32, 8, 1),
+        "IEEE: four warps spill at D 128 on sm_90 (static)",
+        kinds=(IEEE,),
+        d=128,
+        masked=False,
+    ),
+    Row(
+        BackwardConfig(32, 32, 4, 1),
+        "IEEE: eight warps beside a mask's tile spill on sm_80 (static)",
+        kinds=(IEEE,),
+        d=128,
+    ),
     Row(BackwardConfig(16, 16, 4, 1), "IEEE, wide heads", kinds=(IEEE,)),
     Row(BackwardConfig(32, 32, 4, 1), "TF32 takes twice the shared memory", kinds=(TF32,), d=128),
     Row(BackwardConfig(16, 32, 8, 1), "TF32, wide heads", kinds=(TF32,)),
