@@ -40,7 +40,8 @@ struct PairMath {
 using Bf16Math = std::conditional_t<kHasBf16Dot, PairMath, FloatMath>;
 
 // Steps summed in one run where float32 accuracy is at stake: at 64 steps, two runs instead of one
-// take 1 % longer and a third off the error. 40 cut 72 and 80 into two, not three.
+// cost attention 2 % of its time and take a sixth to a third off its error. 40 cut 72 and 80 into
+// two, not three.
 constexpr int64_t kRun = 40;
 // With few rows the products wait for memory anyway, and what they are measured against (a
 // matrix-vector product) sums lane by lane.
