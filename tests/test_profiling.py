@@ -245,6 +245,8 @@ def test_wrong_arguments():
         patchgen_fast.profile("model")
     with pytest.raises(ValueError, match=r"expected a trace called \*.json.gz"):
         patchgen_fast.profile(nn.Linear(2, 2), torch.ones(1, 2), trace="x.json")
+    with pytest.raises(ValueError, match="got neither"):
+        patchgen_fast.profile(nn.Identity())
     with pytest.raises(ValueError, match="expected seconds above 0"):
         patchgen_fast.profile(nn.Linear(2, 2), torch.ones(1, 2), seconds=0)
 

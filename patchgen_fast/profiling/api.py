@@ -65,7 +65,8 @@ def profile(
         A `Profile`: `print(profile)`, `profile.rows`, `profile.to_json()`.
 
     Raises:
-        TypeError: model is no module. ValueError: a trace that is not called `*.json.gz`.
+        TypeError: model is no module. ValueError: a trace that is not called `*.json.gz`; neither
+            the model nor its inputs have a tensor.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module to profile, got {type(model).__name__}")
@@ -85,7 +86,10 @@ def profile(
     if eager is not None:
         unswap(eager)
 
-    first = next(itertools.chain(model.parameters(), model.buffers(), _tensors((args, kwargs))))
+    tensors = itertools.chain(model.parameters(), model.buffers(), _tensors((args, kwargs)))
+    first = next(tensors, None)
+    if first is None:
+        raise ValueError("expected a model with parameters, or tensors for inputs; got neither")
     run = make_step(subject, args, kwargs, training)
     layers = layers_of(subject)
     progress("counting")

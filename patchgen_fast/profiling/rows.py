@@ -48,7 +48,7 @@ def layer_rows(
                 name=shown(name),
                 cls=type(module).__name__ if module is not None else "",
                 calls=ours.calls.get(Place(name), 0),
-                shape=next((e.shape for e in own_first(name, entries) if e.shape), ""),
+                shape=next((e.shape for e in _own_first(name, entries) if e.shape), ""),
                 backend=", ".join(backends) or ("torch" if module is not None else ""),
                 flops=factor * sum(entry.flops for entry in entries.values()),
                 bytes=sum(entry.bytes for entry in entries.values()),
@@ -80,7 +80,7 @@ def _in_layer(name: str, place: Place) -> bool:
     return place.layer == name
 
 
-def own_first(name: str, entries: dict[Place, Account]) -> list[Account]:
+def _own_first(name: str, entries: dict[Place, Account]) -> list[Account]:
     """A layer's account, then those of its ops: a fast layer inside another is not seen called."""
     return sorted(entries.values(), key=lambda entry: entry is not entries.get(Place(name)))
 

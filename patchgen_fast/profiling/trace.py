@@ -134,4 +134,4 @@ def _peaks(profiler: profile, places: dict[str, Place], device: str) -> tuple[di
         highest = max(highest, held)
         if layer is not None:
             peaks[layer] = max(peaks.get(layer, 0), held - base)
-    return peaks, highest
+    return {shown(layer): peak for layer, peak in peaks.items()}, highest
