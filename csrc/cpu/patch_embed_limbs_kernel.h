@@ -99,11 +99,13 @@ static bool is_flat(const Weight* row, int64_t depth) {
   return most * most <= kMostPeaked * kMostPeaked * mean_square && mean_square < 1e30f;
 }
 
-// Whether limbs are as accurate as floats here. Reads all weights once, which fetches them.
+// Whether limbs are as accurate as floats here. Reads all weights once, which fetches them. For
+// fewer columns than lanes there is nothing to gain, and too few results for the limbs' rounding,
+// which is that of the row's largest weight, to average out.
 template <class Weight>
 static bool suits_limbs(const PatchEmbedForward& f) {
   const int64_t depth = f.source.grid.depth();
-  if (f.source.dtype != Dtype::uint8 || depth > kLongestByteDepth) {
+  if (f.source.dtype != Dtype::uint8 || depth > kLongestByteDepth || f.embed < kLanes) {
     return false;
   }
   const Weight* w = static_cast<const Weight*>(f.weight);
