@@ -11,7 +11,7 @@ backward too, which serves kernels that have none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -280,12 +280,19 @@ class Op:
             return self.compositions[name](*args)
         return self.overloads[name](*args[: self.arity])
 
+    def _backward_order(self, first: str, arguments: Any) -> Iterator[str]:
+        """The forward's own backend, then the others; the table is asked only if it comes to that,
+        for a table's threshold would be one more guard of a compiled graph.
+        """
+        yield first
+        yield from dispatch.order(self, arguments)
+
     def run_backward(self, ctx: Any, *args: Any) -> Any:
         """The backward of ``ctx.backend``'s forward: its own where it has one, else the next that
         accepts.
         """
         arguments = self.backward_arguments(*args)
-        for name in (ctx.backend, *dispatch.order(self, arguments)):
+        for name in self._backward_order(ctx.backend, arguments):
             backend = self.backends[name]
             runs = name in self.backward_overloads and backend.has_backward
             if runs and backend.refusal(arguments, backward=True) is None:

@@ -199,7 +199,7 @@ def test_export_keeps_the_backend(sample: Sample, target: Target) -> None:
 def test_inductor_compiles_layers_of_ours_into_one_graph() -> None:
     """The usual compiler, ops by their default backends."""
     torch.manual_seed(0)
-    images, filters = torch.rand(2, 3, 32, 32), torch.randn(48, 3, 8, 8) / 14
+    images, filters = torch.rand(8, 3, 32, 32), torch.randn(48, 3, 8, 8) / 14
     qkv, out = torch.randn(144, 48) / 7, torch.randn(48, 48) / 7
 
     def model(images: Tensor) -> Tensor:

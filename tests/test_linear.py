@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from cases.linear import CASES, Case, call, check, problem
-from oracle import Target, explicit_gradients, explicit_pairs
+from oracle import Target, explicit_gradients, explicit_pairs, require
+
+from patchgen_fast import dispatch, linear
+from patchgen_fast.ops.linear import FEW_ROWS
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -21,3 +25,11 @@ def test_any_backward_takes_any_forward(case: Case, forward: str, backward: str)
         return call(case, "reference", **inputs)
 
     stated.compare(explicit_gradients(stated, by_reference, forward, backward))
+
+
+@pytest.mark.parametrize(("rows", "backend"), [(FEW_ROWS - 1, "torch"), (FEW_ROWS, "cpu")])
+def test_few_rows_are_left_to_torch(rows: int, backend: str) -> None:
+    require("linear", Target("cpu", "cpu"))
+    with dispatch.counting() as ran:
+        linear(torch.randn(1, rows, 8), torch.randn(4, 8))
+    assert ran == {f"linear.{backend}": 1}
