@@ -27,9 +27,10 @@ def test_any_backward_takes_any_forward(case: Case, forward: str, backward: str)
     stated.compare(explicit_gradients(stated, by_reference, forward, backward))
 
 
-@pytest.mark.parametrize(("rows", "backend"), [(FEW_ROWS - 1, "torch"), (FEW_ROWS, "cpu")])
-def test_few_rows_are_left_to_torch(rows: int, backend: str) -> None:
+@pytest.mark.parametrize("dtype", FEW_ROWS, ids=str)
+def test_few_rows_are_left_to_torch(dtype: torch.dtype) -> None:
     require("linear", Target("cpu", "cpu"))
-    with dispatch.counting() as ran:
-        linear(torch.randn(1, rows, 8), torch.randn(4, 8))
-    assert ran == {f"linear.{backend}": 1}
+    for rows, backend in ((FEW_ROWS[dtype] - 1, "torch"), (FEW_ROWS[dtype], "cpu")):
+        with dispatch.counting() as ran:
+            linear(torch.randn(1, rows, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype))
+        assert ran == {f"linear.{backend}": 1}

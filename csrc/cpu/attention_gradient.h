@@ -197,6 +197,18 @@ class ScoreGradient {
 
   static constexpr int kRowsAtOnce = 4;
 
+  // What rounding took from score * factor + shift. Two-sum (Knuth 1969); 0 where it is infinite.
+  static PATCHGEN_FAST_INLINE_MEMBER Vec lost_to_rounding(Vec score, Vec factor, Vec shift,
+                                                          Vec rounded) {
+    const Vec scaled = score * factor;
+    const Vec sum = scaled + shift, part = sum - scaled;
+    const Vec of_sum = (scaled - (sum - part)) + (shift - part);
+    const Vec lost = (sum - rounded) + of_sum + fma(score, factor, -scaled);
+    return select(rounded == kMinusInfinity, Vec{}, lost);
+  }
+
+  // The logarithm of a large weight among many keys is the difference of two numbers near lse: the
+  // rounding of their size shows where few rows make a gradient, and costs nothing to mend there.
   template <int kRows>
   void weigh_rows(int64_t row, const float* lse, float to_natural, int64_t vectors) {
     float* weight = weights + row * shape_.score_row;
@@ -208,12 +220,18 @@ class ScoreGradient {
       shift[r] = broadcast(lse[r] == kMinusInfinity ? kMinusInfinity : -lse[r]);
     }
     for (int64_t v = 0; v < vectors; ++v, weight += kLanes, gradient += kLanes) {
-      Vec p[kRows];
+      Vec p[kRows], lost{};
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         p[r] = fma(load(weight + r * shape_.score_row), broadcast(to_natural), shift[r]);
       }
+      if constexpr (kRows == 1) {
+        lost = lost_to_rounding(load(weight), broadcast(to_natural), shift[0], p[0]);
+      }
       exp2_scaled<Math::kExpDegree>(p, broadcast(kLog2e));
+      if constexpr (kRows == 1) {
+        p[0] = fma(p[0], lost, p[0]);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         store(weight + r * shape_.score_row, p[r]);

@@ -102,14 +102,16 @@ def _backward_flops(
     return _flops(input_shape, weight_shape) * (int(input_grad) + int(weight_grad))
 
 
-# Below so many rows packing the weights shows beside the products: on one Zen 4 core, over five
-# shapes, the CPU kernel took 1.0 to 4 times torch's time at 1 to 64 rows, 0.9 to 1.1 from 128 on.
-FEW_ROWS = 128
+# Below so many rows packing the weights shows beside the products, in bfloat16 for longer: its
+# products are faster. Over five shapes on one Zen 4 core, the CPU kernel took 1.0 to 4 times the
+# time of torch's at 1 to 64 rows; from 128 on 0.9 to 1.0 in float32, in bfloat16 from 256 on.
+FEW_ROWS = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 128}
 
 
 def few_rows(input: Tensor) -> bool:
     """Whether the product has too few rows on the CPU for the CPU kernel to gain."""
-    return input.device.type == "cpu" and math.prod(input.shape[:-1]) < FEW_ROWS
+    rows = FEW_ROWS.get(input.dtype, 0)
+    return input.device.type == "cpu" and math.prod(input.shape[:-1]) < rows
 
 
 def _prefer(args: LinearArguments) -> str | None:
