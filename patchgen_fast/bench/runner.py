@@ -271,8 +271,8 @@ def _left_out(contender: Contender, case: Case, options: Options) -> str:
         return f"not for {case.device}"
     if contender.forward_only and case.phase != "forward":
         return "forward only"
-    if contender.slow_start and options.quick:
-        return "compiles for too long for --quick"
+    if contender.not_quick and options.quick:
+        return contender.not_quick
     if contender.role == "peer" and options.peers and contender.name not in options.peers:
         return "not asked for"
     return ""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from patchgen_fast.bench.cases import Case
 from patchgen_fast.bench.peers import Tensors
 from patchgen_fast.bench.problems.base import (
+    COMPILES,
     Absent,
     Contender,
     Refused,
@@ -44,7 +45,7 @@ def attention_peers(case: Case, tensors: Tensors) -> list[Contender]:
             "peer",
             partial(_prepare, make, case, tensors),
             forward_only=name == "flex attention" and case.device == "cpu",
-            slow_start=name == "flex attention",
+            not_quick=COMPILES if name == "flex attention" else "",
         )
         for name, make in makers.items()
     ]

@@ -11,6 +11,7 @@ from patchgen_fast.bench import peers
 from patchgen_fast.bench.cases import Case
 from patchgen_fast.bench.limits import attention_cost
 from patchgen_fast.bench.problems.base import (
+    COMPILES,
     Contender,
     Outputs,
     Problem,
@@ -94,7 +95,7 @@ def attention(case: Case) -> Problem:
             "torch.compile",
             "peer",
             lambda: compiled(around(eager_attention), tensors),
-            slow_start=True,
+            not_quick=COMPILES,
         ),
         *peers.attention_peers(case, tensors),
         Contender(

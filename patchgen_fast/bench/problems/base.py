@@ -39,6 +39,10 @@ class Runnable:
         return out if isinstance(out, tuple) else (out,)
 
 
+COMPILES = "compiles for too long for --quick"
+AGAIN = "runs a whole model once more: too long for --quick"
+
+
 @dataclass(frozen=True)
 class Contender:
     """Name, role ("eager", "peer" or "ours"), and how to make it (or raise Absent, Refused)."""
@@ -47,7 +51,7 @@ class Contender:
     role: str
     make: Callable[[], Runnable]
     forward_only: bool = False
-    slow_start: bool = False  # compiles for seconds: left out of the quick suite
+    not_quick: str = ""  # why it is left out of the quick suite
     own_memory: bool = False  # allocates outside torch, so that its memory can't be seen
     devices: Sequence[str] = ("cpu", "cuda")
 

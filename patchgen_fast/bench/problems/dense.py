@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from patchgen_fast.bench.cases import Case
 from patchgen_fast.bench.limits import ITEMSIZE, gemm_cost, phase_total
 from patchgen_fast.bench.problems.base import (
+    COMPILES,
     Contender,
     Outputs,
     Problem,
@@ -65,7 +66,9 @@ def linear(case: Case) -> Problem:
     return Problem(
         [
             Contender("eager", "eager", lambda: on_leaves(eager, tensors)),
-            Contender("torch.compile", "peer", lambda: compiled(eager, tensors), slow_start=True),
+            Contender(
+                "torch.compile", "peer", lambda: compiled(eager, tensors), not_quick=COMPILES
+            ),
             Contender("ours", "ours", ours),
         ],
         lambda: on_leaves(eager, tensors, torch.float64),
@@ -105,7 +108,7 @@ def add_layer_norm(case: Case) -> Problem:
                 "torch.compile",
                 "peer",
                 lambda: compiled(eager_add_layer_norm, tensors),
-                slow_start=True,
+                not_quick=COMPILES,
             ),
             Contender("ours", "ours", ours),
         ],
@@ -172,7 +175,9 @@ def qk_norm_rope(case: Case) -> Problem:
     return Problem(
         [
             Contender("eager", "eager", lambda: on_leaves(eager, tensors)),
-            Contender("torch.compile", "peer", lambda: compiled(eager, tensors), slow_start=True),
+            Contender(
+                "torch.compile", "peer", lambda: compiled(eager, tensors), not_quick=COMPILES
+            ),
             Contender("ours", "ours", ours),
         ],
         lambda: on_leaves(partial(on_packed, exact), tensors, torch.float64),

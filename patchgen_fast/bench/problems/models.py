@@ -16,6 +16,8 @@ from patchgen_fast.bench import data, parity
 from patchgen_fast.bench.cases import Case
 from patchgen_fast.bench.limits import ITEMSIZE, phase_total
 from patchgen_fast.bench.problems.base import (
+    AGAIN,
+    COMPILES,
     DTYPE,
     Absent,
     Contender,
@@ -83,15 +85,17 @@ def build(case: Case) -> Problem:
         )
         return parity.from_verify(found)
 
+    whole = case.level == "model"
+    again = AGAIN if whole else ""
     # "stock operators" are the same layers made of the best of torch's own: SDPA, unfold + linear.
     return Problem(
         [
             Contender("eager", "eager", lambda: run(fresh())),
             Contender(
-                "torch.compile", "peer", lambda: compiled_module(fresh(), run), slow_start=True
+                "torch.compile", "peer", lambda: compiled_module(fresh(), run), not_quick=COMPILES
             ),
-            Contender("stock operators", "peer", lambda: swapped("torch")),
-            *([Contender("channels_last", "peer", channels_last)] if case.level == "model" else []),
+            Contender("stock operators", "peer", lambda: swapped("torch"), not_quick=again),
+            *([Contender("channels_last", "peer", channels_last, not_quick=again)] * whole),
             Contender("ours", "ours", lambda: swapped(case.backend)),
         ],
         truth,

@@ -12,6 +12,7 @@ from patchgen_fast.bench import data, peers
 from patchgen_fast.bench.cases import Case
 from patchgen_fast.bench.limits import gemm_cost
 from patchgen_fast.bench.problems.base import (
+    COMPILES,
     DTYPE,
     Contender,
     Problem,
@@ -144,7 +145,7 @@ def patch_embed(case: Case) -> Problem:
             Contender("channels_last conv", "peer", channels_last),
             Contender("unfold + linear", "peer", lambda: on_leaves(unfold_embed, tensors)),
             Contender(
-                "torch.compile", "peer", lambda: compiled(conv_embed, tensors), slow_start=True
+                "torch.compile", "peer", lambda: compiled(conv_embed, tensors), not_quick=COMPILES
             ),
             *peers.patch_embed_peers(case, tensors),
             Contender("ours", "ours", ours),
