@@ -125,7 +125,7 @@ def test_rows_have_what_their_columns_promise(profiled):
     assert not layer.backward
     again = {(row.name, row.op): row for row in training.rows}
     assert again["encoder.layers.0.attn", "attention"].backward > 0
-    assert "linear (proj)" in {row.op for row in forward.rows}
+    assert "linear (qkv)" in {row.op for row in forward.rows}
     assert forward.tokens == 4 * 16 and forward.batch == 4
 
 

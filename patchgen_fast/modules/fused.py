@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..ops.add_layer_norm import add_layer_norm
-from ..ops.linear import few_rows, linear
+from ..ops.linear import linear
 from ..ops.qk_norm_rope import qk_norm_rope
 from ..registry import autocasts
 
@@ -151,11 +151,8 @@ def project(
         if activation is not None:
             out = activation(out)
         return out if residual is None else residual + out
-    backend = owner._backend("linear")
-    if activation is None and residual is None:  # nothing to join: torch's own spares the dispatch
-        by_torch = backend is None and few_rows(x)
-        if by_torch or not owner._has_kernel("linear", x.device.type):
-            return F.linear(x, module.weight, module.bias)
+    if activation is None and residual is None and not owner._has_kernel("linear", x.device.type):
+        return F.linear(x, module.weight, module.bias)  # nothing to join: spares the dispatch
     inside = residual is not None and residual.dtype == product_dtype(x)
     out = linear(
         x,
@@ -163,7 +160,7 @@ def project(
         module.bias,
         activation=name,
         residual=residual if inside else None,
-        backend=backend,
+        backend=owner._backend("linear"),
     )
     return out if residual is None or inside else residual + out
 

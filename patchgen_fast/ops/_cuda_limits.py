@@ -93,11 +93,15 @@ def _trains_beyond_the_backward(a: Any) -> bool:
     return mask_grad or _long_for_backward(a) or _backward_does_not_fit(a)
 
 
-HALF = Refusal(
-    "dtype",
-    "the CUDA kernels compute in bfloat16 and float16 only",
-    lambda a: a.query.dtype not in (torch.bfloat16, torch.float16),
-)
+def _half_of(argument: str) -> Refusal:
+    return Refusal(
+        "dtype",
+        "the CUDA kernels compute in bfloat16 and float16 only",
+        lambda a: getattr(a, argument).dtype not in (torch.bfloat16, torch.float16),
+    )
+
+
+HALF = _half_of("query")
 HEAD_DIM = Refusal(
     "head_dim",
     f"the CUDA kernels take head dimensions that are multiples of 8 up to {WIDTHS[-1]}",
@@ -153,11 +157,7 @@ def _patch_does_not_fit(a: Any) -> bool:
 
 PATCH_EMBED = (
     NOT_ON_CUDA,
-    Refusal(
-        "dtype",
-        "the CUDA kernels compute in bfloat16 and float16 only",
-        lambda a: a.weight.dtype not in (torch.bfloat16, torch.float16),
-    ),
+    _half_of("weight"),
     Refusal(
         "size",
         "the CUDA kernels count the batch's patches in 31 bits",

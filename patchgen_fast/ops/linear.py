@@ -105,17 +105,15 @@ def _backward_flops(
 # Below so many rows packing the weights shows beside the products, in bfloat16 for longer: its
 # products are faster. Over five shapes on one Zen 4 core, the CPU kernel took 1.0 to 4 times the
 # time of torch's at 1 to 64 rows; from 128 on 0.9 to 1.0 in float32, in bfloat16 from 256 on.
+# float16 is not measured: it computes in float32, and has that one's bound.
 FEW_ROWS = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 128}
 
 
-def few_rows(input: Tensor) -> bool:
-    """Whether the product has too few rows on the CPU for the CPU kernel to gain."""
-    rows = FEW_ROWS.get(input.dtype, 0)
-    return input.device.type == "cpu" and math.prod(input.shape[:-1]) < rows
-
-
 def _prefer(args: LinearArguments) -> str | None:
-    return "torch" if few_rows(args.input) else None
+    """torch, for a product of few rows on the CPU."""
+    rows = FEW_ROWS.get(args.input.dtype, 0)
+    few = args.input.device.type == "cpu" and math.prod(args.input.shape[:-1]) < rows
+    return "torch" if few else None
 
 
 OP = Op(
