@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from cases.patch_embed import NAMED, REPRESENTATIVE, SWEPT, Case, call, check, problem
 from oracle import Target, assert_parity, explicit_gradients, explicit_pairs, proving, require
 
+import patchgen_fast
 from patchgen_fast import patch_embed
 
 
@@ -52,3 +53,12 @@ def test_it_is_a_models_convolution(dtype: torch.dtype, target: Target) -> None:
         wide = (x.double() for x in (images, layer.weight, layer.bias))
         truth = F.conv2d(*wide, stride=16).flatten(2).mT
     assert_parity(got, eager, truth, factor=target.factor)
+
+
+def test_statistics_first_used_in_inference_mode_serve_training() -> None:
+    images, weight = torch.rand(1, 3, 16, 16), torch.randn(4, 3, 8, 8, requires_grad=True)
+    statistics = {"mean": (0.11, 0.22, 0.33), "std": (0.44, 0.55, 0.66)}
+    with torch.inference_mode():
+        patchgen_fast.patch_embed(images, weight, **statistics)
+    patchgen_fast.patch_embed(images, weight, **statistics).sum().backward()
+    assert weight.grad is not None and weight.grad.isfinite().all()

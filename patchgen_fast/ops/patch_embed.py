@@ -152,7 +152,8 @@ OP.add_kernels(
 @functools.lru_cache(maxsize=64)
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """A statistic on its device, made once, so that no call copies to a GPU."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    with torch.inference_mode(False):  # what is kept must serve training too
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _statistic(name: str, value: Any, images: Tensor) -> Tensor | None:
