@@ -67,10 +67,45 @@ def test_backward_alone_is_there_when_it_is_asked_for():
     ("cpu", "B8 C3 S224 P16 E768"), ("cpu", "B32 C3 S224 P16 E768"),
     ("cpu", "B8 C3 S224 P14 E1024"),
     ("cpu", "B8 C3 S224 P8 E384"), ("cpu", "B8 C4 S64 P2 E1152"), ("cuda", "B256 C3 S224 P16 E768"),
+    ("cpu", "B1 C3 T16 S224 Pt2 P16 E768"), ("cuda", "B32 C3 T16 S224 Pt2 P16 E768"),
 ])  # fmt: skip
 def test_the_shapes_that_targets_were_set_for_are_cases(device, shape):
     phases = {case.phase for case in CATALOGUE if (case.device, case.shape) == (device, shape)}
     assert "forward" in phases
+
+
+@pytest.mark.parametrize("device, op, words", [
+    ("cpu", "attention", "vit_ti vit_s vit_b vit_l mae_encoder mae_decoder dit siglip dinov2_g "
+                         "video decode cross"),
+    ("cuda", "attention", "vit_ti vit_s vit_b vit_l mae_encoder mae_decoder dit siglip dinov2_g "
+                          "video decode"),
+    ("cpu", "patch_embed", "vit_ti vit_s vit_b vit_l dit siglip dinov2_g video"),
+    ("cpu", "encoder_block", "vit_ti vit_s vit_b vit_l mae_encoder mae_decoder dinov2_g"),
+    ("cpu", "attention_layer", "vit_b dit siglip"),
+    ("cpu", "timm", "vit_tiny vit_base vit_large siglip"),
+])  # fmt: skip
+def test_the_families_of_models_are_there(device, op, words):
+    names = {case.name for case in CATALOGUE if (case.device, case.op) == (device, op)}
+    for word in words.split():
+        assert any(word in name for name in names), word
+
+
+def test_a_gpu_gets_batches_that_fill_it():
+    shapes = {
+        (case.device, case.op, case.name): case.dims for case in CATALOGUE if case.op == "linear"
+    }
+    assert (
+        shapes["cuda", "linear", "vit_b_qkv"]["B"] == 16 * shapes["cpu", "linear", "vit_b_qkv"]["B"]
+    )
+    packed = next(c for c in CATALOGUE if c.op == "varlen_attention" and c.device == "cuda")
+    assert sum(packed.options["lengths"]) == packed.dims["T"]
+
+
+def test_patches_that_do_not_fill_the_image_are_left_out_as_a_convolution_does():
+    images, weight = torch.randn(2, 3, 5, 11, 9), torch.randn(6, 3, 2, 4, 4)
+    rows = patches.to_rows(images, weight.shape[2:])
+    expected = torch.nn.functional.conv3d(images, weight, stride=(2, 4, 4)).flatten(2)
+    torch.testing.assert_close(rows @ weight.flatten(1).T, expected.transpose(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -101,6 +136,7 @@ SMALL = {
     "C": 3,
     "S": 16,
     "P": 4,
+    "Pt": 2,
     "E": 24,
     "K": 16,
     "M": 24,
@@ -221,3 +257,18 @@ def test_real_images():
     scans = data.digits(5)
     assert scans.shape == (5, 1, 8, 8) and 0 <= scans.min() < scans.max() <= 1
     assert data.digits(2, 16, channels=3).shape == (2, 3, 16, 16)
+
+
+def test_openvino_holds_on_to_the_copy_of_a_strided_input():
+    pytest.importorskip("openvino", reason="no openvino: pip install openvino")
+    from patchgen_fast.bench.peers import open_vino
+
+    case = next(case for case in CATALOGUE if case.op == "patch_embed" and case.device == "cpu")
+    images = torch.randn(2, 32, 32, 3).permute(0, 3, 1, 2)
+    weight, bias, pos = torch.randn(8, 3, 16, 16), torch.randn(8), torch.randn(4, 8)
+    tensors = {"images": images, "weight": weight, "bias": bias, "pos_embed": pos, "prefix": None}
+    run = open_vino.patch_embed(case, tensors)
+    others = [torch.full((2, 3, 32, 32), 9e9) for _ in range(20)]  # would take the freed memory
+    rows = torch.nn.functional.conv2d(images, weight, bias, stride=16).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(run.forward(), rows + pos, atol=1e-4, rtol=1e-4)
+    del others

@@ -1,84 +1,70 @@
 """The gate on real timings: no false alarm on this machine, and a 15 % slower kernel is seen.
 
-Takes minutes: `pytest -m slow tests/test_bench_gate.py`. PATCHGEN_FAST_GATE_TRIES sets how often.
+Whole runs of the quick suite by the commands that users type, in turn as they are and with the
+attention kernel slowed. Takes half an hour on a quiet machine: `pytest -m slow
+tests/test_bench_gate.py`. PATCHGEN_FAST_GATE_TRIES sets how often; a folder named by
+PATCHGEN_FAST_GATE_FOLDER keeps the runs, and runs that it holds are not made again.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import time
-from dataclasses import replace
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-
-from patchgen_fast.bench import problems
-from patchgen_fast.cli import main
 
 TRIES = int(os.environ.get("PATCHGEN_FAST_GATE_TRIES", "10"))
-FEW = ("--suite", "quick", "--op", "attention", "--op", "patch_embed", "--peer", "sdpa",
-       "--peer", "unfold + linear", "--quiet")  # fmt: skip
+ROOT = Path(__file__).parents[1]
+AS_IT_IS = ("-m", "patchgen_fast")
+SLOWED = (str(ROOT / "tests" / "slowed.py"), "attention", "1.15")
 
 
-def bench(path):
-    done = CliRunner().invoke(main, ["bench", *FEW, "--json", str(path)])
-    assert done.exit_code == 0, done.output
-    return path
+def patchgen_fast(*arguments: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
-def compare(old, new):
-    return CliRunner().invoke(main, ["compare", str(old), str(new)])
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Makes a run of this name, unless the folder holds it; its result file."""
+    kept = os.environ.get("PATCHGEN_FAST_GATE_FOLDER")
+    folder = Path(kept).absolute() if kept else tmp_path_factory.mktemp("gate")
+
+    def make(name: str, program: tuple[str, ...] = AS_IT_IS) -> Path:
+        path = folder / f"{name}.json"
+        if not (path.exists() and json.loads(path.read_text())["complete"]):
+            done = patchgen_fast(
+                *program, "bench", "--suite", "quick", "--json", path, "--resume", "--quiet"
+            )
+            assert done.returncode == 0, done.stderr
+        return path
+
+    return make
 
 
-def slowed(build, factor):
-    """Problems whose contender of ours takes `factor` times as long: it works, then spins."""
-
-    def wrapped(runnable):
-        forward = runnable.forward
-
-        def slower():
-            # By the thread's own clock: a neighbour that took the core makes nothing slower here.
-            start = time.thread_time()
-            out = forward()
-            end = start + (time.thread_time() - start) * factor
-            while time.thread_time() < end:
-                pass
-            return out
-
-        runnable.forward = slower
-        return runnable
-
-    def slow_build(case):
-        problem = build(case)
-        problem.contenders = [
-            replace(c, make=lambda make=c.make: wrapped(make())) if c.role == "ours" else c
-            for c in problem.contenders
-        ]
-        return problem
-
-    return slow_build
+# Of the module's scope, so that both kinds of run alternate: both see the same kinds of noise.
+@pytest.fixture(scope="module", params=range(1, TRIES + 1))
+def number(request):
+    return request.param
 
 
 @pytest.mark.slow
-def test_two_runs_of_the_same_code_agree(tmp_path):
-    last = bench(tmp_path / "0.json")
-    wrong = []
-    for number in range(1, TRIES + 1):
-        current = bench(tmp_path / f"{number}.json")
-        done = compare(last, current)
-        if done.exit_code != 0:
-            wrong.append(done.output)
-        last = current
-    assert not wrong, f"{len(wrong)} of {TRIES}:\n{wrong[0]}"
+def test_two_runs_of_the_same_code_agree(run, number):
+    done = patchgen_fast(*AS_IT_IS, "compare", run(f"{number - 1}"), run(f"{number}"))
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow
-def test_fifteen_percent_slower_is_seen(tmp_path, monkeypatch):
-    old = bench(tmp_path / "old.json")
-    monkeypatch.setattr(problems, "build", slowed(problems.build, 1.15))
-    missed = []
-    for number in range(TRIES):
-        done = compare(old, bench(tmp_path / f"{number}.json"))
-        if done.exit_code != 1:
-            missed.append(done.output)
-    assert not missed, f"{len(missed)} of {TRIES}:\n{missed[0]}"
+def test_a_kernel_slower_by_fifteen_percent_is_seen(run, number):
+    slow = run(f"{number}-slowed", SLOWED)
+    done = patchgen_fast(*AS_IT_IS, "compare", run(f"{number}"), slow)
+    assert done.returncode == 1, done.stdout

@@ -72,14 +72,18 @@ ATTENTION_CPU = [
     _attention("mae_encoder", 8, 12, 50, 64),
     _attention("mae_decoder", 8, 16, 197, 32),
     _attention("dinov2_g", 1, 24, 1370, 64),
+    _attention("videomae_b", 1, 12, 1568, 64),
     _attention("long_4096", 1, 8, 4096, 64),
     _attention("cross_77", 4, 12, 196, 64, 77),
     _attention("decode_1024", 16, 12, 1, 64, 1024),
 ]
 
 ATTENTION_GPU = [
+    _attention("vit_ti_b256", 256, 3, 197, 64),
+    _attention("vit_s_b256", 256, 6, 197, 64),
     _attention("vit_b_b128", 128, 12, 197, 64),
     _attention("vit_b_b256", 256, 12, 197, 64),
+    _attention("vit_l_b128", 128, 16, 197, 64),
     _attention("mae_encoder_b256", 256, 12, 50, 64),
     _attention("mae_decoder_b256", 256, 16, 197, 32),
     _attention("dit_xl_256_b64", 64, 16, 256, 72),
@@ -97,13 +101,24 @@ def _patch_embed(name: str, B: int, C: int, S: int, P: int, E: int, **options: A
     return Case("patch_embed", name, "op", dims, options={"prefix": 1, **options})
 
 
+def _video_embed(name: str, B: int, T: int, S: int, Pt: int, P: int, E: int) -> Case:
+    """T frames, of which Pt and P x P pixels make a patch: a Conv3d in other libraries."""
+    dims = {"B": B, "C": 3, "T": T, "S": S, "Pt": Pt, "P": P, "E": E}
+    return Case("patch_embed", name, "op", dims, options={"prefix": 0})
+
+
 PATCH_EMBED_CPU = [
+    _patch_embed("vit_ti16", 8, 3, 224, 16, 192),
+    _patch_embed("vit_s16", 8, 3, 224, 16, 384),
     _patch_embed("vit_b16", 8, 3, 224, 16, 768),
     _patch_embed("vit_b16_b32", 32, 3, 224, 16, 768),
     _patch_embed("vit_l14", 8, 3, 224, 14, 1024),
+    _patch_embed("siglip_so400m", 1, 3, 384, 14, 1152, prefix=0),
+    _patch_embed("dinov2_g14", 8, 3, 224, 14, 1536),
     _patch_embed("vit_s8", 8, 3, 224, 8, 384),
     _patch_embed("dit_xl2_latents", 8, 4, 64, 2, 1152, prefix=0),
     _patch_embed("vit_b16_uint8", 8, 3, 224, 16, 768, uint8=True),
+    _video_embed("videomae_b", 1, 16, 224, 2, 16, 768),
 ]
 
 PATCH_EMBED_GPU = [
@@ -111,6 +126,7 @@ PATCH_EMBED_GPU = [
     _patch_embed("vit_b16_b256_uint8", 256, 3, 224, 16, 768, uint8=True),
     _patch_embed("vit_l14_b128", 128, 3, 224, 14, 1024),
     _patch_embed("dit_xl2_latents_b64", 64, 4, 64, 2, 1152, prefix=0),
+    _video_embed("videomae_b_b32", 32, 16, 224, 2, 16, 768),
 ]
 
 # Rows: B images of N tokens, K features in, M out.
@@ -166,48 +182,38 @@ OTHER_OPS = [
 
 LAYERS = [
     Case("attention_layer", "vit_b", "layer", {"B": 8, "N": 197, "E": 768, "H": 12}),
+    Case("attention_layer", "dit_xl_256", "layer", {"B": 4, "N": 256, "E": 1152, "H": 16}),
+    Case("attention_layer", "siglip_so400m", "layer", {"B": 1, "N": 729, "E": 1152, "H": 16}),
     Case("feed_forward", "vit_b", "layer", {"B": 8, "N": 197, "E": 768}),
+    Case("encoder_block", "vit_ti", "block", {"B": 8, "N": 197, "E": 192, "H": 3}),
+    Case("encoder_block", "vit_s", "block", {"B": 8, "N": 197, "E": 384, "H": 6}),
     Case("encoder_block", "vit_b", "block", {"B": 8, "N": 197, "E": 768, "H": 12}),
     Case("encoder_block", "vit_l", "block", {"B": 4, "N": 197, "E": 1024, "H": 16}),
+    Case("encoder_block", "mae_encoder", "block", {"B": 8, "N": 50, "E": 768, "H": 12}),
+    Case("encoder_block", "mae_decoder", "block", {"B": 8, "N": 197, "E": 512, "H": 16}),
+    Case("encoder_block", "dinov2_g", "block", {"B": 1, "N": 1370, "E": 1536, "H": 24}),
     Case("decoder_block", "vit_b", "block", {"B": 8, "N": 196, "E": 768, "H": 12}),
 ]
 
+
+def _model(op: str, name: str, B: int, model: str, data: str = "photographs") -> Case:
+    return Case(op, name, "model", {"B": B}, options={"model": model, "data": data})
+
+
 MODELS = [
-    Case(
-        "patch_transformer",
-        "digits",
-        "model",
-        {"B": 64},
-        options={"model": "patchgen:small", "data": "digits"},
+    _model("patch_transformer", "digits", 64, "patchgen:small", "digits"),
+    _model("patch_transformer", "vit_b16", 2, "patchgen:vit_b_16"),
+    *(
+        _model("timm", name, 2, f"timm:{name}")
+        for name in (
+            "vit_tiny_patch16_224",
+            "vit_base_patch16_224",
+            "vit_large_patch16_224",
+            "vit_small_patch16_dinov3",
+            "vit_so400m_patch14_siglip_224",
+        )
     ),
-    Case(
-        "patch_transformer",
-        "vit_b16",
-        "model",
-        {"B": 2},
-        options={"model": "patchgen:vit_b_16", "data": "photographs"},
-    ),
-    Case(
-        "timm",
-        "vit_base_patch16_224",
-        "model",
-        {"B": 2},
-        options={"model": "timm:vit_base_patch16_224", "data": "photographs"},
-    ),
-    Case(
-        "timm",
-        "vit_small_patch16_dinov3",
-        "model",
-        {"B": 2},
-        options={"model": "timm:vit_small_patch16_dinov3", "data": "photographs"},
-    ),
-    Case(
-        "torchvision",
-        "vit_b_16",
-        "model",
-        {"B": 2},
-        options={"model": "torchvision:vit_b_16", "data": "photographs"},
-    ),
+    _model("torchvision", "vit_b_16", 2, "torchvision:vit_b_16"),
 ]
 
 # (op, name) -> (dtype, phase) pairs of the quick suite.
@@ -264,9 +270,20 @@ def catalogue() -> list[Case]:
     gpu = {"device": "cuda", "threads": (ONE,)}
     cases += _expand(ATTENTION_GPU, half, PHASES, **gpu)  # type: ignore[arg-type]
     cases += _expand(PATCH_EMBED_GPU, half, PHASES, **gpu)  # type: ignore[arg-type]
-    rest = [*OTHER_OPS, *LAYERS, *MODELS]
+    rest = [*map(_for_gpu, [*OTHER_OPS, *LAYERS, *MODELS])]
     cases += _expand(rest, ("bfloat16",), PHASES, **gpu)  # type: ignore[arg-type]
     return cases
+
+
+def _for_gpu(case: Case, times: int = 16) -> Case:
+    """The same shape at a batch that fills a GPU."""
+    dims, options = dict(case.dims), dict(case.options)
+    for name in ("B", "T"):
+        if name in dims:
+            dims[name] *= times
+    if "lengths" in options:
+        options["lengths"] = options["lengths"] * times
+    return replace(case, dims=dims, options=options)
 
 
 class UsageError(Exception):

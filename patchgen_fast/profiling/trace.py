@@ -1,14 +1,16 @@
 """A Kineto trace of one step, with the layers' names in it; and from it, peak memory by layer.
 
-The file opens in Perfetto, in chrome://tracing and in HTA (which asks for a rank in it).
+The file opens in Perfetto, in chrome://tracing and in HTA. For HTA it names a rank, and one
+profiler step, since of two it would throw the last away. HTA rounds times to microseconds, which
+breaks its call trees where operators are shorter: set HTA_DISABLE_NS_ROUNDING=1. Most of its
+analyses are of GPU kernels, of which a trace of the CPU has none.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from .timeline import BACKWARD, FORWARD, Place, Timeline, shown
 
 MEMORY_EVENT = "[memory]"
+STEP = "ProfilerStep#0"  # as torch's own profiler calls it when it follows a schedule
 
 
 @contextmanager
@@ -88,10 +91,7 @@ def trace(
     cuda = next((p.is_cuda for p in model.parameters()), False)
     ranges = NamedRanges(model, layers)
     with profiling(cuda, record_shapes=True, profile_memory=True) as profiler:
-        if named:
-            with ranges.watching():
-                step()
-        else:
+        with record_function(STEP), ranges.watching() if named else nullcontext():
             step()
         profiler.add_metadata_json("distributedInfo", '{"rank": 0, "world_size": 1}')
     if path is not None:
@@ -102,14 +102,13 @@ def trace(
 def _export(profiler: profile, path: Path) -> None:
     """Whole or not at all, under the name given."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".json.gz")
-    os.close(handle)
+    partial = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix says that it is packed
     try:
-        profiler.export_chrome_trace(name)
-        os.replace(name, path)
+        profiler.export_chrome_trace(str(partial))
+        os.replace(partial, path)
     except BaseException:
         with suppress(OSError):
-            os.unlink(name)
+            partial.unlink()
         raise
 
 

@@ -104,7 +104,7 @@ def patch_embed(case: Case, tensors: Tensors) -> Runnable:
     if images.dtype != torch.float32:
         raise Refused("measured from float images only")
     make, convert = onnx.helper, onnx.numpy_helper.from_array
-    batch, width, side = images.shape[0], weight.shape[0], weight.shape[-1]
+    batch, width, sides = images.shape[0], weight.shape[0], list(weight.shape[2:])
     constants = [
         convert(weight.detach().numpy(), "weight"),
         convert(bias.detach().numpy(), "bias"),
@@ -112,7 +112,7 @@ def patch_embed(case: Case, tensors: Tensors) -> Runnable:
         convert(np.array([batch, width, -1], dtype=np.int64), "flat"),
     ]
     nodes = [
-        make.make_node("Conv", ["images", "weight", "bias"], ["grid"], strides=[side, side]),
+        make.make_node("Conv", ["images", "weight", "bias"], ["grid"], strides=sides),
         make.make_node("Reshape", ["grid", "flat"], ["rows"]),
         make.make_node("Transpose", ["rows"], ["tokens"], perm=[0, 2, 1]),
         make.make_node("Add", ["tokens", "pos"], ["out" if prefix is None else "placed"]),

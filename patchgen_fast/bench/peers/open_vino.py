@@ -66,7 +66,8 @@ def _compiled(
     except (RuntimeError, ValueError) as error:
         raise Refused(first_line(error)) from error
 
-    def run() -> torch.Tensor:
+    # The request has no more than a view of the source, which is a copy if it was strided.
+    def run(_kept: torch.Tensor = source) -> torch.Tensor:
         out = torch.empty(shape, dtype=dtype)
         request.set_output_tensor(_view(ov, out))
         request.infer()
@@ -106,9 +107,10 @@ def patch_embed(case: Case, tensors: Tensors) -> Runnable:
     assert images is not None and weight is not None and bias is not None and pos is not None
     if images.dtype == torch.uint8:
         raise Refused("measured from float images only")
-    batch, width, side = images.shape[0], weight.shape[0], weight.shape[-1]
+    batch, width, sides = images.shape[0], weight.shape[0], list(weight.shape[2:])
+    none, ones = [0] * len(sides), [1] * len(sides)
     parameter = ops.parameter(list(images.shape), _type(ov, images.dtype))
-    grid = ops.convolution(parameter, _constant(ov, weight), [side, side], [0, 0], [0, 0], [1, 1])
+    grid = ops.convolution(parameter, _constant(ov, weight), sides, none, none, ones)
     rows = ops.reshape(grid, np.array([batch, width, -1]), False)
     tokens = ops.transpose(rows, np.array([0, 2, 1]))
     placed = ops.add(tokens, _constant(ov, (pos + bias).unsqueeze(0)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +27,7 @@ from patchgen_fast.bench.problems.base import generator as random_of
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 Maybe = torch.Tensor | None
 
 
@@ -33,8 +36,9 @@ def normalised(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if images.dtype != torch.uint8:
         return images
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    mean = torch.tensor(MEAN, dtype=work, device=images.device).view(1, -1, 1, 1)
-    std = torch.tensor(STD, dtype=work, device=images.device).view(1, -1, 1, 1)
+    each = (1, -1, *[1] * (images.dim() - 2))
+    mean = torch.tensor(MEAN, dtype=work, device=images.device).view(each)
+    std = torch.tensor(STD, dtype=work, device=images.device).view(each)
     return ((images.to(work) / 255 - mean) / std).to(dtype)
 
 
@@ -58,17 +62,25 @@ def conv_embed(
     """The way of timm and most others: convolution, flatten, transpose, position, class token."""
     images = normalised(images, weight.dtype)
     if channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    out = F.conv2d(images, weight, bias, stride=weight.shape[-1])
+        images = images.contiguous(memory_format=CHANNELS_LAST[images.dim()])
+    convolution = F.conv3d if images.dim() == 5 else F.conv2d
+    out = convolution(images, weight, bias, stride=weight.shape[2:])
     return finish(out.flatten(2).transpose(1, 2), pos_embed, prefix)
 
 
-def to_rows(images: torch.Tensor, side: int) -> torch.Tensor:
-    """[B,C,H,W] -> [B,N,C·P·P], channels first within a row as in a convolution's weight."""
-    batch, channels, height, width = images.shape
-    rows, columns = height // side, width // side
-    grid = images.view(batch, channels, rows, side, columns, side)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+def to_rows(images: torch.Tensor, sides: Sequence[int]) -> torch.Tensor:
+    """[B,C,(T,)H,W] -> [B,N,C·(Pt·)P·P], channels first within a row as in a convolution's weight.
+
+    What does not fill a patch is left out, as a convolution leaves it out.
+    """
+    batch, channels, *sizes = images.shape
+    rank, split = len(sizes), []
+    for axis, (size, side) in enumerate(zip(sizes, sides, strict=True), 2):
+        images = images.narrow(axis, 0, size // side * side)
+        split += [size // side, side]
+    grid = images.reshape(batch, channels, *split)
+    cells, within = range(2, 2 + 2 * rank, 2), range(3, 3 + 2 * rank, 2)
+    return grid.permute(0, *cells, 1, *within).flatten(rank + 1).flatten(1, rank)
 
 
 def unfold_embed(
@@ -79,7 +91,7 @@ def unfold_embed(
     prefix: Maybe = None,
 ) -> torch.Tensor:
     """Patches as rows, then one linear layer."""
-    rows = to_rows(normalised(images, weight.dtype), weight.shape[-1])
+    rows = to_rows(normalised(images, weight.dtype), weight.shape[2:])
     return finish(F.linear(rows, weight.flatten(1), bias), pos_embed, prefix)
 
 
@@ -95,41 +107,58 @@ def exact_embed(
     """The float64 truth; uint8 images are rounded to the weight's dtype first, as the op says."""
     if images.dtype == torch.uint8:
         images = normalised(images, dtype).double()
-    rows = to_rows(images, weight.shape[-1])
+    rows = to_rows(images, weight.shape[2:])
     return finish(torch.einsum("bnk,ek->bne", rows, weight.flatten(1)) + bias, pos_embed, prefix)
 
 
+def _images(case: Case, random: torch.Generator, sizes: Sequence[int]) -> tuple[torch.Tensor, str]:
+    """[B,C,(T,)H,W], of photographs where three channels allow, and why not where they should be.
+
+    The frames of a video are photographs too, each another.
+    """
+    batch, channels = case.dims["B"], case.dims["C"]
+    uint8, note = bool(case.options.get("uint8")), ""
+    if channels == 3:
+        frames = sizes[0] if len(sizes) == 3 else 1
+        try:
+            raw = data.photographs(batch * frames, sizes[-1], seed=case.seed)
+        except data.NoImages as missing:
+            note = str(missing)
+        else:
+            raw = raw.view(batch, frames, *raw.shape[1:]).transpose(1, 2)
+            raw = raw.reshape(batch, channels, *sizes).contiguous()
+            values = raw if uint8 else normalised(raw, torch.float32).to(DTYPE[case.dtype])
+            return values.to(case.device), ""
+    images = normal(case, random, batch, channels, *sizes)
+    if uint8:
+        images = (images * 40 + 128).clamp(0, 255).to(torch.uint8)
+    return images, note
+
+
 def patch_embed(case: Case) -> Problem:
-    """Images to tokens with bias, positions and prefix; photographs where three channels allow."""
+    """Images or videos to tokens with bias, positions and prefix."""
     dims = case.dims
-    batch, channels, size, side, width = (dims[name] for name in ("B", "C", "S", "P", "E"))
+    batch, channels, width = dims["B"], dims["C"], dims["E"]
+    sides = (*([dims["Pt"]] if "Pt" in dims else []), dims["P"], dims["P"])
+    sizes = (*([dims["T"]] if "T" in dims else []), dims["S"], dims["S"])
     random = random_of(case)
-    dtype = DTYPE[case.dtype]
-    tokens, inner = (size // side) ** 2, channels * side * side
+    tokens = math.prod(size // side for size, side in zip(sizes, sides, strict=True))
+    inner = channels * math.prod(sides)
     uint8 = bool(case.options.get("uint8"))
     prefix = case.options["prefix"]
-    note = ""
-    try:
-        if channels != 3:
-            images = normal(case, random, batch, channels, size, size)
-        else:
-            raw = data.photographs(batch, size, seed=case.seed)
-            images = (raw if uint8 else normalised(raw, torch.float32).to(dtype)).to(case.device)
-    except data.NoImages as missing:
-        note = str(missing)
-        images = normal(case, random, batch, channels, size, size)
-        if uint8:
-            images = (images * 40 + 128).clamp(0, 255).to(torch.uint8)
+    images, note = _images(case, random, sizes)
     tensors: dict[str, Maybe] = {
         "images": images,
-        "weight": normal(case, random, width, channels, side, side, scale=inner**-0.5),
+        "weight": normal(case, random, width, channels, *sides, scale=inner**-0.5),
         "bias": normal(case, random, width),
         "pos_embed": normal(case, random, tokens, width),
         "prefix": normal(case, random, prefix, width) if prefix else None,
     }
 
     def channels_last() -> Runnable:
-        weight = tensors["weight"].contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr]
+        weight = tensors["weight"]
+        assert weight is not None
+        weight = weight.contiguous(memory_format=CHANNELS_LAST[weight.dim()])
         return on_leaves(partial(conv_embed, channels_last=True), {**tensors, "weight": weight})
 
     def ours() -> Runnable:
@@ -150,7 +179,7 @@ def patch_embed(case: Case) -> Problem:
             *peers.patch_embed_peers(case, tensors),
             Contender("ours", "ours", ours),
         ],
-        lambda: on_leaves(partial(exact_embed, dtype=dtype), tensors, torch.float64),
+        lambda: on_leaves(partial(exact_embed, dtype=DTYPE[case.dtype]), tensors, torch.float64),
         gemm_cost(
             rows,
             inner,
