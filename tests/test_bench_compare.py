@@ -67,6 +67,22 @@ def test_both_thresholds_must_be_passed(tmp_path):
     assert verdict(old, new, absolute=0.5) == ("same", 0)
 
 
+CALM = [1.05, 0.85, 0.80, 1.11, 0.93, 1.12]  # one model, two threads, one code, a busy machine
+WILD = [1.25, 1.60, 1.27, 1.53, 1.86]
+
+
+@pytest.mark.parametrize("was, now", [(CALM, WILD), (WILD, CALM)])
+def test_what_lies_within_the_scatter_of_rounds_is_no_change(tmp_path, was, now):
+    old, new = measured(tmp_path), measured(tmp_path)
+    for result, ratios in ((old, was), (new, now)):
+        for cell in result.cases[0].cells:
+            cell.timing.samples = [1.0] * len(ratios) if cell.role == "ours" else ratios
+    assert verdict(old, new) == ("same", 0)
+    assert verdict(old, new, scatters=0.0)[0] in ("slower", "faster")
+    notes = compare.compare(old, new).changes[0].notes
+    assert any(note.startswith("scatter hides changes under ") for note in notes)
+
+
 def test_too_few_samples_prove_nothing(tmp_path):
     old, new = measured(tmp_path), measured(tmp_path, ours=2.3)
     for result in (old, new):

@@ -130,8 +130,9 @@ def test_a_browser_draws_it(tmp_path, width):
     page.write_text(report.render([make_result(tmp_path), make_result(tmp_path, ours=1.0)]))
     # Scripts do the asking: sort by "ours ms", filter, and measure the layout.
     probe = """<script>
-      const cell = (row) => row.cells[6].textContent.trim();
-      headings[6].querySelector("button").click();
+      const column = headings.findIndex((heading) => heading.textContent === "ours ms");
+      const cell = (row) => row.cells[column].textContent.trim();
+      headings[column].querySelector("button").click();
       const first = [...body.rows].map(cell).map(parseFloat).filter((x) => !isNaN(x));
       const sorted = first.every((x, i) => i === 0 || first[i - 1] <= x);
       const box = document.getElementById("filter");
@@ -139,8 +140,9 @@ def test_a_browser_draws_it(tmp_path, width):
       const left = [...body.rows].filter((row) => !row.hidden).length;
       const overflow = document.documentElement.scrollWidth > innerWidth;
       document.title = JSON.stringify({sorted, left, overflow, n: first.length,
-        svg: [...document.querySelectorAll("figure svg")].every(
-          (s) => s.getBoundingClientRect().height > 50)});
+        svg: [...document.querySelectorAll("figure")].every((figure) =>
+          [...figure.querySelectorAll("svg")].filter(
+            (s) => s.getBoundingClientRect().height > 50).length === 1)});
     </script></body>"""
     page.write_text(page.read_text().replace("</body>", probe))
     done = subprocess.run(

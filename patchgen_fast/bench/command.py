@@ -111,7 +111,7 @@ DEFAULT_FOLDER = "results"
     type=click.Choice(["table", "markdown", "csv", "json"]),
     default="table",
     show_default=True,
-    help="What goes to stdout.",
+    help="What goes to stdout; a table that goes to a file is markdown.",
 )
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def bench(

@@ -4,15 +4,21 @@ Machines in CI differ from run to run, and the ratio "peer's time / ours" in one
 less. A case has become slower only if, against every peer that both runs timed,
 
 - the median ratio fell by more than `relative`, and by more than `absolute`, and
+- it fell by more than `scatters` times the scatter of single rounds in both runs together, and
 - a Mann-Whitney test on the paired ratios of all rounds agrees (p < `significance`).
 
 A slower kernel of ours shows against every peer; a peer that had a bad run shows against itself
-alone. Absolute times are compared as well, and only warn.
+alone. The test takes rounds of a run for independent, which they are not where other work takes
+turns with ours: a run as a whole then lies off by about as much as its rounds scatter, hence the
+third condition. A case whose scatter hides more than `blind` says so. Absolute times are compared
+as well, and only warn.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from patchgen_fast.bench import stats, tables
 from patchgen_fast.bench.schema import OK, RED, CaseResult, Cell, ResultFile
@@ -27,8 +33,10 @@ class Gate:
 
     relative: float = 0.08
     absolute: float = 0.05  # of the speed-up: 1.30 to 1.26 is no news
+    scatters: float = 2.0
     significance: float = 0.01
     time_warning: float = 0.15  # absolute times that changed by more than this are mentioned
+    blind: float = 0.15  # scatter that hides larger changes than this is mentioned
 
 
 @dataclass
@@ -113,12 +121,15 @@ def _judge(old: CaseResult | None, new: CaseResult, gate: Gate) -> Change:
     if not verdicts:
         change.verdict, change.notes = "no number", ["no peer was timed in both runs"]
         return change
-    names = {verdict for verdict, *_ in verdicts}
+    names = {one.verdict for one in verdicts}
     # The peer that shows the least change decides: all must agree on a verdict.
-    verdict, change.against, change.old_ratio, change.new_ratio, change.p_value = min(
-        verdicts, key=lambda item: abs(item[3] / item[2] - 1.0)
-    )
-    change.verdict = verdict if len(names) == 1 else "same"
+    least = min(verdicts, key=lambda one: abs(one.new_ratio / one.old_ratio - 1.0))
+    change.against, change.p_value = least.peer, least.p_value
+    change.old_ratio, change.new_ratio = least.old_ratio, least.new_ratio
+    change.verdict = least.verdict if len(names) == 1 else "same"
+    hidden = min(one.hidden for one in verdicts)
+    if hidden > gate.blind:
+        change.notes.append(f"scatter hides changes under {hidden:.0%}")
     return change
 
 
@@ -129,23 +140,33 @@ def _paired(peer: Cell, old: CaseResult) -> Cell | None:
     return other
 
 
-def _against(
-    peer: Cell, old: CaseResult, new: CaseResult, gate: Gate
-) -> tuple[str, str, float, float, float]:
-    """(verdict, peer, old ratio, new ratio, p) by this peer alone."""
+class Against(NamedTuple):
+    """A case by one peer alone."""
+
+    verdict: str
+    peer: str
+    old_ratio: float
+    new_ratio: float
+    p_value: float
+    hidden: float  # changes of the ratio under this share of it are lost in the scatter
+
+
+def _against(peer: Cell, old: CaseResult, new: CaseResult, gate: Gate) -> Against:
     was, now = ratios(old, peer.name), ratios(new, peer.name)
     old_ratio, new_ratio = stats.median(was), stats.median(now)
     slower = stats.mann_whitney_less(now, was)
     faster = stats.mann_whitney_less(was, now)
+    noise = gate.scatters * math.hypot(stats.scatter(was), stats.scatter(now))
     big = abs(new_ratio / old_ratio - 1.0) > gate.relative
-    big = big and abs(new_ratio - old_ratio) > gate.absolute
+    big = big and abs(new_ratio - old_ratio) > max(gate.absolute, noise)
     enough = min(len(was), len(now)) >= MINIMUM_SAMPLES
     verdict = "same"
     if big and enough and slower < gate.significance:
         verdict = "slower"
     elif big and enough and faster < gate.significance:
         verdict = "faster"
-    return verdict, peer.name, old_ratio, new_ratio, min(slower, faster)
+    p_value = min(slower, faster)
+    return Against(verdict, peer.name, old_ratio, new_ratio, p_value, noise / old_ratio)
 
 
 def ratios(case: CaseResult, peer: str) -> list[float]:

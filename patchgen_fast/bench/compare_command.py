@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     "--absolute", default=0.05, show_default=True, metavar="RATIO", help="And by more than this."
 )
 @click.option(
+    "--scatters",
+    default=2.0,
+    show_default=True,
+    metavar="TIMES",
+    help="And by more than this many times the scatter of single rounds.",
+)
+@click.option(
     "--significance",
     default=0.01,
     show_default=True,
@@ -40,10 +47,16 @@ if TYPE_CHECKING:
     type=click.Choice(["table", "markdown", "json"]),
     default="table",
     show_default=True,
-    help="What goes to stdout.",
+    help="What goes to stdout; a table that goes to a file is markdown.",
 )
 def compare(
-    old: Path, new: Path, relative: float, absolute: float, significance: float, output: str
+    old: Path,
+    new: Path,
+    relative: float,
+    absolute: float,
+    scatters: float,
+    significance: float,
+    output: str,
 ) -> None:
     """Compare two results of `bench`: has anything become slower?
 
@@ -55,13 +68,16 @@ def compare(
     from patchgen_fast.bench.results import ResultError
 
     gate: Gate = comparison.Gate(
-        relative=relative / 100, absolute=absolute, significance=significance
+        relative=relative / 100,
+        absolute=absolute,
+        scatters=scatters,
+        significance=significance,
     )
     try:
         found = comparison.compare(read(old), read(new), gate)
     except ResultError as error:
         stop(USAGE, str(error))
-    if output == "markdown":
+    if output == "markdown" or (output == "table" and not sys.stdout.isatty()):
         click.echo(comparison.markdown(found))
     elif output == "json":
         import msgspec

@@ -77,6 +77,13 @@ def _draw(result: ResultFile, cases: list[CaseResult], buffer: io.BytesIO) -> No
     plt.close(figure)
 
 
+def _legend(axes: Any) -> None:
+    """Above the axes, where no bar can lie under it."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8, frameon=False, borderaxespad=0
+    )
+
+
 def _speedups(axes: Any, cases: list[CaseResult], positions: list[int]) -> None:
     """Bars of the paired ratio with its interval: against eager, and against the best peer."""
     bars = (
@@ -114,7 +121,7 @@ def _speedups(axes: Any, cases: list[CaseResult], positions: list[int]) -> None:
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
     axes.set_xlabel("times faster than (1 = as fast)", fontsize=9)
-    axes.legend(loc="lower right", fontsize=8, frameon=True, edgecolor=FAINT)
+    _legend(axes)
 
 
 def _shares(axes: Any, cases: list[CaseResult], positions: list[int]) -> None:
@@ -144,4 +151,4 @@ def _shares(axes: Any, cases: list[CaseResult], positions: list[int]) -> None:
     axes.scatter([], [], color=OURS, s=44, label="ours")
     axes.set_xlim(0, 110)
     axes.set_xlabel("percent of the measured arithmetic peak", fontsize=9)
-    axes.legend(loc="lower right", fontsize=8, frameon=True, edgecolor=FAINT)
+    _legend(axes)

@@ -23,6 +23,7 @@ class Figure:
     title: str
     text: str
     picture: Markup
+    narrow: Markup | None = None  # the same for a phone, where it has to be drawn differently
 
 
 @dataclass
@@ -53,7 +54,7 @@ def render(results: Sequence[ResultFile]) -> str:
         result=newest,
         machine=tables.machine_lines(newest),
         figures=figures(newest),
-        headings=[*tables.HEADINGS, *(["history"] if len(ordered) > 1 else [])],
+        headings=[tables.HEADINGS[0], *["history"] * (len(ordered) > 1), *tables.HEADINGS[1:]],
         rows=[row(case, ordered) for case in newest.cases],
         missing=tables.missing_peers(newest),
         several=len(ordered) > 1,
@@ -93,6 +94,7 @@ def speedups(result: ResultFile) -> list[Figure]:
             "Longer is better; 1 is as fast. Whiskers are the 95 % bootstrap interval of the "
             "median of paired ratios.",
             svg.bars(groups, "Speed-up of each case", names),
+            svg.bars(groups, "Speed-up of each case", names, narrow=True),
         )
     ]
 
@@ -121,44 +123,49 @@ def _roofline(peaks: Calibration, cases: list[CaseResult]) -> Figure:
         ("best other peer", "peer", lambda case: case.best_peer),
         ("ours", "ours", lambda case: case.ours),
     ):
-        points, titles = [], []
+        one = svg.Series(name, [], colour, line=False)
         for case in cases:
             cell: Cell | None = pick(case)
             if cell and cell.timing and case.cost:
                 rate = case.cost.flops / cell.timing.median
-                points.append((case.cost.flops / case.cost.bytes, rate))
-                titles.append(
+                one.points.append((case.cost.flops / case.cost.bytes, rate))
+                one.diamonds.append(case.dtype != "float32")
+                one.titles.append(
                     f"{cell.name}: {tables.label(case)} {case.dtype}, {rate / 1e9:.0f} GFLOP/s"
                 )
-        if points:
-            series.append(svg.Series(name, points, colour, titles=titles, line=False))
-    xs = [x for one in series for x, _ in one.points]
-    low, high = min(xs) / MARGIN, max(xs) * MARGIN
-    memory = peaks.bandwidth.get("DRAM") or next(iter(peaks.bandwidth.values()), None)
-    roofs = []
-    for name, peak in (("fp32", peaks.fp32_flops), ("bf16", peaks.bf16_flops)):
-        if not peak:
-            continue
-        if memory and low * memory < peak:
-            knee = peak / memory
-            line = [(low, low * memory), (min(knee, high), min(knee, high) * memory)]
-            roofs.append((name, [*line, (high, peak)] if knee < high else line))
-        else:
-            roofs.append((name, [(low, peak), (high, peak)]))
+        if one.points:
+            series.append(one)
     where = "GPU" if peaks.device != "cpu" else f"CPU, {peaks.threads} thread"
     where += "s" if peaks.device == "cpu" and peaks.threads != 1 else ""
     return Figure(
         f"Roofline ({where})",
         "Lines are the peaks measured in this run: arithmetic, and main memory on the slope. "
-        "Higher is better. Point at a dot for its case.",
+        "Higher is better; a dot is fp32, a diamond half precision. Point at one for its case.",
         svg.chart(
             series,
             label=f"Roofline, {where}",
             x_title="products per byte of the tensors (FLOP/byte)",
             y_title="FLOP/s",
-            roofs=roofs,
+            roofs=_roofs(peaks, [x for one in series for x, _ in one.points]),
         ),
     )
+
+
+def _roofs(peaks: Calibration, xs: list[float]) -> list[tuple[str, list[tuple[float, float]]]]:
+    """A line for each peak: along the memory's slope up to its knee, then level."""
+    memory = peaks.bandwidth.get("DRAM") or next(iter(peaks.bandwidth.values()), None)
+    rates = [
+        (name, peak)
+        for name, peak in (("fp32", peaks.fp32_flops), ("bf16", peaks.bf16_flops))
+        if peak
+    ]
+    knees = [peak / memory for _, peak in rates if memory]
+    low, high = min([*xs, *knees]) / MARGIN, max([*xs, *knees]) * MARGIN
+    roofs = []
+    for name, peak in rates:
+        slope = [(low, low * memory), (peak / memory, peak)] if memory else [(low, peak)]
+        roofs.append((f"{name} {peak / 1e9:.0f} GFLOP/s", [*slope, (high, peak)]))
+    return roofs
 
 
 def attention_groups(result: ResultFile) -> list[tuple[str, list[CaseResult]]]:
@@ -295,6 +302,7 @@ def blocks(result: ResultFile) -> list[Figure]:
             "Eager above, ours below. The parts were measured by themselves; the rest is what the "
             "block takes beyond them.",
             svg.stacked(groups, "Time of each block by part", names, "ms"),
+            svg.stacked(groups, "Time of each block by part", names, "ms", narrow=True),
         )
     ]
 

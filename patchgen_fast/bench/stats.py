@@ -40,6 +40,12 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def scatter(samples: Sequence[float]) -> float:
+    """Standard deviation as the middle half of the samples shows it; outliers do not count."""
+    low, high = np.quantile(np.asarray(samples, dtype=np.float64), [0.25, 0.75])
+    return float(high - low) / 1.349
+
+
 def mann_whitney_less(a: Sequence[float], b: Sequence[float]) -> float:
     """One-sided p-value for "values of `a` tend to be smaller than those of `b`".
 

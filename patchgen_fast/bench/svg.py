@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 
 Scale = Callable[[float], float]
 WIDTH, CHART_WIDTH = 760.0, 560.0  # of bars, which have a row to themselves, and of charts
+NARROW = 400.0  # of bars on a phone, where names stand above them
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Series:
     colour: str  # a class of the page: "ours", "eager", "peer", "c1" ...
     bands: list[tuple[float, float]] = field(default_factory=list)
     titles: list[str] = field(default_factory=list)
+    diamonds: list[bool] = field(default_factory=list)  # points drawn as such, not as dots
     line: bool = True
 
 
@@ -77,7 +79,7 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
     )
 
 
-LONGEST = 52  # characters of a label beside a bar
+LONGEST = 52  # characters of a label at a bar
 
 
 def shortened(name: str) -> str:
@@ -85,9 +87,28 @@ def shortened(name: str) -> str:
     return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
 
 
-def margin_of(groups: Sequence[tuple[str, Any]]) -> float:
-    """Room for the longest label, at 6.6 units a character."""
-    return 20.0 + 6.6 * max((len(shortened(name)) for name, _ in groups), default=0)
+@dataclass(frozen=True)
+class Place:
+    """Where the bars of a picture begin and end, and where their names stand."""
+
+    width: float
+    left: float
+    above: float  # room for a name over its bars; 0: it stands beside them
+
+    @classmethod
+    def of(cls, groups: Sequence[tuple[str, Any]], narrow: bool) -> Place:
+        """Beside them with room for the longest, at 6.6 units a character; above if narrow."""
+        if narrow:
+            return cls(NARROW, 2.0, 17.0)
+        longest = max((len(shortened(name)) for name, _ in groups), default=0)
+        return cls(WIDTH, 20.0 + 6.6 * longest, 0.0)
+
+    def name(self, text: str, y: float, beside: float) -> Markup:
+        """The name of bars that begin at y below it, or whose middle is at `beside`."""
+        if self.above:
+            return _text(self.left, y - 5, shortened(text), **{"class": "label"})
+        x = self.left - 8
+        return _text(x, beside, shortened(text), text_anchor="end", **{"class": "label"})
 
 
 def frame(height: float, label: str, parts: Sequence[Markup], width: float = WIDTH) -> Markup:
@@ -133,21 +154,25 @@ class Bar:
 
 
 def bars(
-    groups: Sequence[tuple[str, Sequence[Bar]]], label: str, names: Sequence[tuple[str, str]]
+    groups: Sequence[tuple[str, Sequence[Bar]]],
+    label: str,
+    names: Sequence[tuple[str, str]],
+    *,
+    narrow: bool = False,
 ) -> Markup:
     """Horizontal bars in named groups, with a line at 1."""
-    left, right, thick = margin_of(groups), 130.0, 15.0
-    parts, top = legend(names, left, 16)
+    place, right, thick = Place.of(groups, narrow), 130.0, 15.0
+    left, width = place.left, place.width
+    parts, top = legend(names, left, 16, width)
     top += ROW
     highest = max((bar.high for _, group in groups for bar in group), default=1.0)
-    scale = linear_scale(0.0, max(highest, 1.05), left, WIDTH - right)
+    scale = linear_scale(0.0, max(highest, 1.05), left, width - right)
     y = top
     rows: list[Markup] = []
+    named: list[Markup] = []
     for name, group in groups:
-        middle = y + thick * len(group) / 2 + 4
-        rows.append(
-            _text(left - 8, middle, shortened(name), text_anchor="end", **{"class": "label"})
-        )
+        y += place.above
+        named.append(place.name(name, y, y + thick * len(group) / 2 + 4))
         for bar in group:
             rows.append(
                 Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="1.5" class="{}"/>').format(
@@ -170,7 +195,7 @@ def bars(
         )
     parts += rows
     parts.append(_line(scale(1.0), top - 4, scale(1.0), y, "one"))
-    return frame(y + 22, label, parts)
+    return frame(y + 22, label, parts + named, width)
 
 
 def stacked(
@@ -178,18 +203,19 @@ def stacked(
     label: str,
     names: Sequence[tuple[str, str]],
     unit: str,
+    *,
+    narrow: bool = False,
 ) -> Markup:
     """Horizontal stacks: (name, [(value, colour class, title)])."""
-    left, right, thick = margin_of(groups), 90.0, 20.0
-    parts, top = legend(names, left, 16)
+    place, right, thick = Place.of(groups, narrow), 90.0, 20.0
+    parts, top = legend(names, place.left, 16, place.width)
     top += ROW
     highest = max((sum(v for v, *_ in stack) for _, stack in groups), default=1.0)
-    scale = linear_scale(0.0, highest, left, WIDTH - right)
+    scale = linear_scale(0.0, highest, place.left, place.width - right)
     y = top
     for name, stack in groups:
-        parts.append(
-            _text(left - 8, y + 14, shortened(name), text_anchor="end", **{"class": "label"})
-        )
+        y += place.above
+        parts.append(place.name(name, y, y + 14))
         total = 0.0
         for value, colour, title in stack:
             parts.append(
@@ -209,7 +235,7 @@ def stacked(
             _text(scale(total) + 6, y + 14, f"{number(total)} {unit}", **{"class": "value"})
         )
         y += thick + (10 if name.endswith("ours") else 3)
-    return frame(y + 6, label, parts)
+    return frame(y + 6, label, parts, place.width)
 
 
 def chart(
@@ -295,10 +321,15 @@ def _drawn(one: Series, x_of: Scale, y_of: Scale) -> list[Markup]:
     if one.line and len(dots) > 1:
         parts.append(_path(dots, f"line {one.colour}"))
     titles = one.titles or [one.name] * len(dots)
-    for (x, y), title in zip(dots, titles, strict=True):
+    diamonds = one.diamonds or [False] * len(dots)
+    for (x, y), title, diamond in zip(dots, titles, diamonds, strict=True):
         parts.append(
-            Markup('<circle cx="{}" cy="{}" r="4" class="{}"><title>{}</title></circle>').format(
-                f"{x:.1f}", f"{y:.1f}", one.colour, title
+            Markup('<path d="{}" class="point {}"><title>{}</title></path>').format(
+                f"M{x:.1f} {y - 5.5:.1f}l5.5 5.5l-5.5 5.5l-5.5 -5.5Z"
+                if diamond
+                else f"M{x - 4:.1f} {y:.1f}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
+                one.colour,
+                title,
             )
         )
     return parts
@@ -310,11 +341,15 @@ def _path(points: Sequence[tuple[float, float]], kind: str, *, closed: bool = Fa
 
 
 def sparkline(values: Sequence[float], title: str) -> Markup:
-    """A tiny line without axes; the last value is marked."""
+    """A tiny line without axes; the last value is marked.
+
+    Its height is a fifth of the value or more, so that noise looks like noise.
+    """
     width, height = 90.0, 22.0
     x_of = linear_scale(0, max(len(values) - 1, 1), 4, width - 6)
-    low, high = min(values), max(values)
-    y_of = linear_scale(low, high if high > low else low + 1, height - 4, 4)
+    middle = (min(values) + max(values)) / 2
+    half = max(max(values) - middle, abs(middle) / 10, 1e-12)
+    y_of = linear_scale(middle - half, middle + half, height - 4, 4)
     dots = [(x_of(i), y_of(v)) for i, v in enumerate(values)]
     return Markup(
         '<svg viewBox="0 0 {} {}" class="spark" role="img" aria-label="{}"><title>{}</title>{}'
