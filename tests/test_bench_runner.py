@@ -44,6 +44,14 @@ def test_a_good_case_has_times_and_paired_ratios(tmp_path):
     assert tables.percent_of_limit(found) == pytest.approx(50.0)
 
 
+def test_rounds_that_disagree_are_a_disturbed_measurement():
+    ours = [2.0, 2.0, 2.2, 2.0, 1.9, 2.1]
+    drifting = [4.0, 4.1, 4.4, 4.0, 3.9, 4.3]  # with ours: the machine as a whole
+    wild = [1.3, 4.2, 6.4, 2.0, 5.1, 9.0]
+    assert runner.steady([drifting, ours], ours)
+    assert not runner.steady([drifting, wild, ours], ours)
+
+
 def test_peak_memory_is_that_of_torchs_allocator(tmp_path):
     def build(clock):
         made = problem(clock, TIMES)

@@ -1,4 +1,7 @@
-"""What the GPU was doing meanwhile, by nvidia-ml-py: clocks, power, throttling, other processes."""
+"""What the GPU was doing meanwhile, by nvidia-ml-py: clocks, power, throttling, other processes.
+
+Not measured on a GPU: tested on a made-up NVML.
+"""
 
 from __future__ import annotations
 

@@ -44,6 +44,7 @@ from patchgen_fast.bench.schema import (
 )
 from patchgen_fast.profiling.trace import peak_memory
 
+STEADY = 0.1  # ratios that scatter more are a disturbed measurement; 0.03 is usual in quiet
 Progress = Callable[[str, Case, str], None]  # (event "start" | "step" | "end", case, text)
 
 
@@ -290,7 +291,6 @@ def backends_of(ran: Mapping[str, int]) -> str:
 def fill_in(result: CaseResult, samples: cpu_timing.Samples) -> None:
     """Medians, intervals and paired ratios from the samples, into the cells."""
     result.rounds, result.discarded_rounds = samples.rounds, samples.discarded
-    result.undisturbed = samples.undisturbed
     ours = result.ours
     assert ours is not None
     own = samples.seconds[ours.name]
@@ -309,6 +309,19 @@ def fill_in(result: CaseResult, samples: cpu_timing.Samples) -> None:
         )
         if cell is not ours:
             cell.speedup_of_ours = paired_ratio(values, own)
+    result.undisturbed = samples.undisturbed and steady(samples.seconds.values(), own)
+
+
+def steady(contenders: Iterable[list[float]], ours: list[float]) -> bool:
+    """Whether the ratios of every contender agree from round to round.
+
+    The sentinel runs on one core, and sees nothing of what disturbs another.
+    """
+    for theirs in contenders:
+        ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+        if stats.scatter(ratios) > STEADY * stats.median(ratios):
+            return False
+    return True
 
 
 def paired_ratio(theirs: list[float], ours: list[float]) -> Ratio:
