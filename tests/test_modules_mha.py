@@ -268,3 +268,11 @@ def test_compiles_without_a_graph_break():
     got = compiled(x, x, x, key_padding_mask=hidden, need_weights=False)[0]
     expected = fast(x, x, x, key_padding_mask=hidden, need_weights=False)[0]
     torch.testing.assert_close(got, expected)
+
+
+def test_a_default_device_does_not_send_it_to_the_parent():
+    """It is a mode that sees every function, and no reason to run the eager one."""
+    layer, x = MultiheadAttention(32, 4, batch_first=True), torch.randn(2, 5, 32)
+    with torch.device("cpu"):
+        layer(x, x, x)
+    assert (layer._fast.calls, layer._fast.fell_back) == (1, {})

@@ -12,7 +12,8 @@ import diffusers  # noqa: E402
 
 from patchgen_fast import dispatch  # noqa: E402
 from patchgen_fast.swapping import diffusers as adapters  # noqa: E402
-from patchgen_fast.swapping import swap, verify  # noqa: E402
+from patchgen_fast.swapping import diffusers_feed_forward as feed_forward  # noqa: E402
+from patchgen_fast.swapping import swap, swapped, verify  # noqa: E402
 from patchgen_fast.swapping.adapters import fingerprint  # noqa: E402
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
@@ -87,6 +88,8 @@ MODELS = {
     "flux": flux,
 }
 
+FEED_FORWARDS = {"dit": 2, "pixart": 2, "sd3": 3, "sd3.5": 3, "flux": 2}  # joint layers have two
+
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -118,8 +121,9 @@ def test_means_the_same_in_float64(name):
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     report = swap(model)
-    left = report.with_action("refused", "unsupported")
-    assert {row.kind for row in left} <= {"feed_forward"}, str(report)
+    assert not report.with_action("refused", "unsupported"), str(report)
+    fed = sum(row.kind == "feed_forward" for row in report.with_action("swapped"))
+    assert fed == FEED_FORWARDS[name]
     with dispatch.counting() as ran:
         got = model(**inputs).sample
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
@@ -138,6 +142,40 @@ def test_the_padding_of_a_prompt_changes_nothing():
     expected = model(**inputs).sample
     inputs["encoder_hidden_states"][0, 3:] = 9.0
     torch.testing.assert_close(model(**inputs).sample, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("final_dropout", [False, True])
+@pytest.mark.parametrize(
+    "activation",
+    ["gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"],
+)
+def test_feed_forward_parity(activation, final_dropout, dtype):
+    from diffusers.models.attention import FeedForward
+
+    layer = FeedForward(24, 20, activation_fn=activation, dropout=0.5, final_dropout=final_dropout)
+    layer, x = layer.to(dtype), torch.randn(2, 9, 24).to(dtype)
+    report = verify(layer, x)
+    assert report.ok and report.swapped_layers == 1, str(report)
+    with swapped(layer), dispatch.counting() as ran:
+        layer.train()
+        torch.manual_seed(1)
+        got = layer(x)
+    assert any(call.startswith("linear.") for call in ran)
+    torch.manual_seed(1)
+    torch.testing.assert_close(got, layer(x), rtol=3e-2, atol=3e-2)
+
+
+def test_a_feed_forward_part_with_a_low_rank_adapter_is_called():
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    from diffusers.models.attention import FeedForward
+
+    layer, x = FeedForward(24, activation_fn="geglu").double(), torch.randn(2, 9, 24).double()
+    config = peft.LoraConfig(r=4, target_modules=["net.0.proj", "net.2"], init_lora_weights=False)
+    layer = peft.inject_adapter_in_model(config, layer)
+    expected = layer(x)
+    swap(layer)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["dit", "sd3"])
@@ -174,3 +212,15 @@ def test_another_processor_is_refused():
 def test_the_processors_are_of_the_installed_version():
     found = [fingerprint(cls, "__call__") for cls in adapters.PROCESSORS]
     assert found == list(adapters.FINGERPRINTS)
+    assert {c: fingerprint(c) for c in feed_forward.FINGERPRINTS} == feed_forward.FINGERPRINTS
+    (adapter,) = feed_forward.ADAPTERS
+    assert fingerprint(adapter.source) in adapter.fingerprints
+
+
+def test_a_feed_forward_part_of_another_version_is_refused(monkeypatch):
+    from diffusers.models.attention import FeedForward
+
+    first = feed_forward.activations.GEGLU
+    monkeypatch.setitem(feed_forward.FINGERPRINTS, first, "of another version")
+    (row,) = swap(FeedForward(8), dry_run=True).rows
+    assert (row.action, row.reason) == ("refused", "unknown_version")

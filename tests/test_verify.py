@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from patchgen_fast.models import CONFIGS, Attention, PatchTransformer
-from patchgen_fast.swapping import parity, swap, verify
+from patchgen_fast.swapping import parity, swap, verification, verify
 from patchgen_fast.swapping.patchgen import FastAttention
 
 
@@ -153,8 +153,26 @@ def test_gradients_that_are_zero_in_exact_arithmetic_are_judged_by_rounding():
     layer = Attention(64, 4, qk_norm=True)
     report = verify(layer, torch.randn(4, 65, 64))
     bias = next(p for p in report.gradients if p.name == "grad k_norm.bias")
+    assert bias.exact_zero
     assert bias.scale < 1e-12 < bias.max_allowed < 1e-2
     assert report.ok, str(report)
+
+
+def test_what_is_exactly_zero_is_judged_beside_the_largest_gradient():
+    """Twice eager's rounding bounds nothing there; a real gradient in its place is still seen."""
+    eps, eager = torch.finfo(torch.float32).eps, torch.full((4,), 1e-9)
+    zero, truth = torch.zeros(4).double(), torch.full((4,), 3.0).double()
+
+    def judged(error):
+        run = {
+            "weight": verification._errors("weight", truth.float(), truth.float(), truth),
+            "bias": verification._errors("bias", torch.full((4,), error), eager, zero),
+        }
+        return verification._judge_all([run], largest=3.0)[1]
+
+    assert judged(1e-8).ok and judged(1e-8).exact_zero
+    assert judged(1e-8).max_allowed == pytest.approx(3.0 * eps)
+    assert not judged(4.0 * eps).ok
 
 
 @pytest.mark.parametrize(

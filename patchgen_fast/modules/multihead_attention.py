@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
 
 from ..ops.attention import attention
 from ..ops.linear import linear
-from .fused import project
+from .fused import PLAIN_TYPES, project
 from .recording import record
 from .state import FastLayer, LayerState
 
@@ -105,7 +104,7 @@ class MultiheadAttention(FastLayer, nn.MultiheadAttention):
         if query.is_nested or key.is_nested or value.is_nested:
             return "nested_tensor"
         tensors = (query, key, value, key_padding_mask, attn_mask, *self._parameters.values())
-        if has_torch_function(tuple(t for t in tensors if t is not None)):
+        if any(t is not None and _overrides_torch(t) for t in tensors):
             return "tensor_subclass"
         if need_weights and self.training and self.dropout > 0.0:
             return "weights_with_dropout"
@@ -243,6 +242,19 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, lse: Tens
             scores = scores + mask
     shift = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
     return (scores - shift).exp().to(query.dtype)
+
+
+def _overrides_torch(tensor: Tensor) -> bool:
+    """Whether a tensor's class handles torch's functions itself.
+
+    `torch.overrides.has_torch_function` says so of plain tensors too wherever a mode is on, such as
+    `torch.set_default_device`.
+    """
+    cls = type(tensor)
+    return (
+        cls not in PLAIN_TYPES
+        and cls.__torch_function__ is not torch._C._disabled_torch_function_impl
+    )
 
 
 def _part(bias: Tensor | None, begin: int, end: int) -> Tensor | None:

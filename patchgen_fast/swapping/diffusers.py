@@ -19,6 +19,7 @@ from ..modules.patch_conv import FastPatchConv2d
 from ..modules.recording import record
 from ..modules.state import LayerState, explain, state_of
 from ..ops.attention import attention
+from . import diffusers_feed_forward
 from .adapters import Adapter, Reason, fingerprint, not_a_patch_conv
 
 
@@ -204,9 +205,12 @@ def _refuse(module: Any) -> Reason | None:
     return None
 
 
-ADAPTERS = tuple(
-    Adapter(cls, cls, "attention", refuse=_refuse, state=ProcessorState)
-    for cls in (processors.Attention, flux.FluxAttention)
+ADAPTERS = (
+    *(
+        Adapter(cls, cls, "attention", refuse=_refuse, state=ProcessorState)
+        for cls in (processors.Attention, flux.FluxAttention)
+    ),
+    *diffusers_feed_forward.ADAPTERS,
 )
 PARTS = {
     embeddings.PatchEmbed: {

@@ -29,6 +29,7 @@ from ..modules.patch_conv import FastPatchConv2d, FastPatchConv3d, is_patch_conv
 from ..modules.recording import record
 from ..modules.state import LayerState, explain, state_of
 from ..ops.attention import attention
+from . import transformers_blocks
 from .adapters import Adapter, Reason, not_a_patch_conv
 
 NAME = "patchgen_fast"
@@ -172,10 +173,10 @@ def _refuse(module: Any) -> Reason | None:
 
 
 def adapter_for(cls: type) -> Adapter | None:
-    """The adapter of an attention class that asks the interface; None for all others."""
-    if not _asks_the_interface(cls):
-        return None
-    return Adapter(cls, cls, "attention", refuse=_refuse, state=InterfaceState)
+    """The adapter of an attention class that asks the interface, a feed-forward part or a layer."""
+    if _asks_the_interface(cls):
+        return Adapter(cls, cls, "attention", refuse=_refuse, state=InterfaceState)
+    return transformers_blocks.adapter_for(cls)
 
 
 _CONVOLUTIONS: dict[type, Adapter] = {

@@ -9,6 +9,11 @@ One tensor's error in one run is a single throw of the dice, above all for gradi
 numbers behind many layers, where all of them err together. So the model runs several times on
 slightly different inputs, and the yardstick of a tensor is the largest error, relative to its size,
 of eager's tensors of that name in all repeated layers and runs.
+
+Some gradients are 0 in exact arithmetic, as that of a bias that shifts all scores of a row alike.
+Ours and eager's are then rounding and nothing else, of sums whose terms cancel, and no multiple of
+one bounds the other. Such a gradient is right if it can't be told from 0 beside the model's others:
+if it is at most eps times the largest of them, or at most twice eager's.
 """
 
 from __future__ import annotations
@@ -49,6 +54,8 @@ class Parity:
     mean_allowed: float
     ignored: int
     finite: bool
+    exact_zero: bool = False
+    """The truth is 0 but for the rounding of float64."""
 
     @property
     def ok(self) -> bool:
@@ -127,17 +134,22 @@ class _Yardstick(NamedTuple):
         )
 
 
-def _judge(name: str, found: _Errors, yardstick: _Yardstick | None = None) -> Parity:
-    """The rule, with the tensor's own eager error for a yardstick, or a larger one."""
+def _judge(
+    name: str, found: _Errors, yardstick: _Yardstick | None = None, largest: float = 0.0
+) -> Parity:
+    """The rule, with the tensor's own eager error for a yardstick, or a larger one.
+
+    `largest` is max|truth| over all gradients, beside which one that is exactly 0 is judged.
+    """
     eps = torch.finfo(found.dtype).eps
     max_eager, mean_eager = found.max_eager, found.mean_eager
-    if yardstick is not None and found.max_truth < eps * max_eager:
-        # Exactly 0 in exact arithmetic (a bias that shifts all keys alike): rounding and nothing
-        # else, which no relative error describes.
+    exact_zero = yardstick is not None and found.max_truth < eps * max_eager
+    if yardstick is not None and exact_zero:  # no relative error describes it
         max_eager, mean_eager = yardstick.max_absolute, yardstick.mean_absolute
     elif yardstick is not None:
         max_eager = max(max_eager, yardstick.max_relative * found.max_truth)
         mean_eager = max(mean_eager, yardstick.mean_relative * found.mean_truth)
+    floor = eps * largest if exact_zero else 0.0
     return Parity(
         name=name,
         shape=found.shape,
@@ -145,16 +157,17 @@ def _judge(name: str, found: _Errors, yardstick: _Yardstick | None = None) -> Pa
         scale=found.max_truth,
         max_error=found.max_error,
         max_error_eager=max_eager,
-        max_allowed=2 * max_eager + 2 * eps * found.max_truth,
+        max_allowed=max(2 * max_eager + 2 * eps * found.max_truth, floor),
         mean_error=found.mean_error,
         mean_error_eager=mean_eager,
-        mean_allowed=2 * mean_eager + eps * found.mean_truth,
+        mean_allowed=max(2 * mean_eager + eps * found.mean_truth, floor),
         ignored=found.ignored,
         finite=found.finite,
+        exact_zero=exact_zero,
     )
 
 
-def _judge_all(runs: list[dict[str, _Errors]]) -> tuple[Parity, ...]:
+def _judge_all(runs: list[dict[str, _Errors]], largest: float = 0.0) -> tuple[Parity, ...]:
     """The worst of all runs for each tensor, by the yardstick of its name in all layers."""
     yardsticks: dict[str, _Yardstick] = {}
     for run in runs:
@@ -163,7 +176,7 @@ def _judge_all(runs: list[dict[str, _Errors]]) -> tuple[Parity, ...]:
             yardsticks[role] = yardsticks.get(role, _Yardstick()).joined(found)
     return tuple(
         max(
-            (_judge(name, run[name], yardsticks[_role(name)]) for run in runs),
+            (_judge(name, run[name], yardsticks[_role(name)], largest) for run in runs),
             key=_share_of_allowed,
         )
         for name in runs[0]
@@ -246,11 +259,13 @@ def _worst(gradients: tuple[Parity, ...], count: int = 3) -> list[Parity]:
 
 
 def _line(p: Parity) -> str:
-    scale = p.scale or 1.0
+    scale = 1.0 if p.exact_zero else p.scale or 1.0
     numbers = " ".join(
         f"{x / scale:10.2e}" for x in (p.max_error, p.max_error_eager, p.max_allowed)
     )
     note = "" if p.ok else "  not finite" if not p.finite else "  TOO FAR"
+    if p.exact_zero:
+        note += "  (0 in exact arithmetic: absolute errors)"
     if p.ignored:
         note += f"  ({p.ignored} undefined places left out)"
     return f"  {p.name[:40]:40} {numbers}{note}"
@@ -305,7 +320,8 @@ def verify(
         )
         outputs.append(_compare(ours[0], theirs[0], exact[0]))
         grads.append(_compare(ours[1], theirs[1], exact[1]))
-    return VerifyReport(name, layers, _judge_all(outputs), _judge_all(grads))
+    largest = max((found.max_truth for run in grads for found in run.values()), default=0.0)
+    return VerifyReport(name, layers, _judge_all(outputs), _judge_all(grads, largest))
 
 
 def _run_arguments(arguments: Any, seed: int, jitter: bool) -> Any:
