@@ -104,6 +104,9 @@ def table(library: str) -> str:
     reasons: dict[tuple[str, str], int] = Counter(
         (cls, reason) for entry in entries for cls, reason in entry["left"].items()
     )
+    fell_back: dict[str, int] = Counter(
+        reason for entry in entries for reason in entry.get("fell_back", ())
+    )
     lines = [
         f"# swap over {library}",
         "",
@@ -124,6 +127,9 @@ def table(library: str) -> str:
         *(f"| {cls} | {why} | {n} |" for (cls, why), n in reasons.most_common()),  # type: ignore[attr-defined]
     ]
     wrong = [e for e in entries if e["parity"] == "fail" or "fail" in e["sampled"]]
+    if fell_back:
+        lines += ["", "| swapped layers took the eager way, as they | models |", "|---|---|"]
+        lines += [f"| {reason} | {n} |" for reason, n in fell_back.most_common()]  # type: ignore[attr-defined]
     unsure = [e for e in entries if "undecided" in e["parity"] + e["sampled"]]
     odd = [e for e in entries if e["status"] in ("error", "not run")]
     for title, listed in (

@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-import patchgen_fast
 from patchgen_fast import dispatch
 from patchgen_fast.swapping import swap, verification, verify
 
@@ -79,6 +78,8 @@ class Entry:
     """Attentions and patch convolutions that the eager model runs."""
     remaining: tuple[int, int] | None = None
     """Those that the swapped model still leaves to torch."""
+    fell_back: dict[str, int] = field(default_factory=dict)
+    """Calls of swapped layers that took the eager way, by reason."""
     parity: str = ""
     sampled: str = ""
     """Verdict with gradients, and in bfloat16, of the models of the sample."""
@@ -122,13 +123,13 @@ def first_that_runs(candidates: Iterable[Callable[[], Small]]) -> Small:
     Raises:
         NotSmall: none of them is; with the reason of the last.
     """
-    reason = "nothing to build"
+    reason, fewest = "nothing to build", None
     for build in candidates:
         try:
             with torch.device("meta"):
                 parameters = sum(p.numel() for p in build()[0].parameters())
             if parameters > MOST_PARAMETERS:
-                reason = f"the smallest has {parameters / 1e6:.0f} million parameters"
+                fewest = min(parameters, fewest or parameters)
                 continue
             model, inputs, named = build()
             with torch.no_grad():
@@ -137,6 +138,8 @@ def first_that_runs(candidates: Iterable[Callable[[], Small]]) -> Small:
             reason = f"{type(error).__name__}: {error}"[:300]
             continue
         return model, inputs, named
+    if fewest is not None:
+        reason = f"the smallest has {fewest / 1e6:.0f} million parameters"
     raise NotSmall(reason)
 
 
@@ -151,16 +154,18 @@ def _run(
     with torch.no_grad():
         with Counting() as eager:
             model(*inputs, **named)
-        with (
-            patchgen_fast.swapped(model) as swap_report,
-            Counting() as fast,
-            dispatch.counting() as ran,
-        ):
+        swap_report = swap(model)
+        with Counting() as fast, dispatch.counting() as ran:
             model(*inputs, **named)
     if not swap_report.with_action("swapped"):
         raise NotSmall("built small, it has nothing to swap")
     entry.eager = (eager.attentions, eager.patch_convolutions)
     entry.remaining = (fast.attentions, fast.patch_convolutions)
+    fell_back: Counter[str] = Counter()
+    for counts in swap_report.counters().values():
+        fell_back.update(counts["fell_back"])
+    entry.fell_back = dict(fell_back)
+    swap_report.undo()
     if any(call.startswith(("attention.", "patch_embed.")) for call in ran):
         entry.status = "partly" if any(entry.remaining) else "fully"
     runs = 1 if sum(p.numel() for p in model.parameters()) > MANY_PARAMETERS else 3

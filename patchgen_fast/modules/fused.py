@@ -165,6 +165,16 @@ def project(
     return out if residual is None or inside else residual + out
 
 
+def multiply_weight(owner: FastLayer, x: Tensor, module: Any, bias: Tensor | None) -> Tensor:
+    """`x @ module.weight.T + bias`, for a layer whose eager forward reads the weight too.
+
+    What wraps the module (a low-rank adapter, hooks) is passed by there, and so it is here.
+    """
+    if plain_linear(module):
+        return linear(x, module.weight, bias, backend=owner._backend("linear"))
+    return F.linear(x, module.weight, bias)
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a product with x comes out: autocast's, or that of x."""
     if autocasts(x) and x.dtype != torch.float64:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.attention import attention
 from ..ops.linear import linear
-from .fused import PLAIN_TYPES, project
+from .fused import PLAIN_TYPES, multiply_weight
 from .recording import record
 from .state import FastLayer, LayerState
 
@@ -85,7 +85,9 @@ class MultiheadAttention(FastLayer, nn.MultiheadAttention):
         else:
             out = attention(*heads, mask, **run)
         record(self, heads[0], heads[1], mask, is_causal, None)
-        result = project(self, out.transpose(1, 2).flatten(2), self.out_proj)
+        result = multiply_weight(
+            self, out.transpose(1, 2).flatten(2), self.out_proj, self.out_proj.bias
+        )
         if not batched:
             return result[0], None if weights is None else weights[0]
         return (result if self.batch_first else result.transpose(0, 1)), weights

@@ -78,6 +78,11 @@ class FastLayer:
 
     _fast: LayerState
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As of any module: LoRA, for one, makes another convolution of the class it finds."""
+        super().__init__(*args, **kwargs)
+        self._fast = LayerState()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module; an error names the layer."""
         if torch.compiler.is_compiling():

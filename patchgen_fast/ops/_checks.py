@@ -93,6 +93,15 @@ def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     )
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether values may be read on the host: not a GPU's, a traced graph's, or a DTensor's."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not hasattr(x, "__tensor_flatten__")
+    )
+
+
 def inner_contiguous(x: Tensor) -> Tensor:
     """``x`` with stride 1 in its last dimension: itself, or a copy where it must be."""
     return x if x.stride(-1) == 1 else x.contiguous()

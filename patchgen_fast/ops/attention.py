@@ -37,6 +37,7 @@ from ._checks import (
     check_tensors,
     describe,
     inner_contiguous,
+    is_readable,
 )
 from ._refusals import NOT_FOR_TRITON, NOT_ON_CPU, float64_of
 
@@ -289,12 +290,7 @@ def _normalise_counts(
     if counts.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"attention: expected {name} in int32 or int64; got {describe(counts)}")
     check_shape("attention", name, counts, (batch,))
-    if (
-        low is not None
-        and counts.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and batch
-    ):
+    if low is not None and batch and is_readable(counts):
         values = counts.tolist()  # two reductions of a tensor take ten times as long
         least, most = min(values), max(values)
         if least < low or most > high:

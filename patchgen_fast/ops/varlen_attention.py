@@ -28,6 +28,7 @@ from ._checks import (
     check_tensors,
     describe,
     inner_contiguous,
+    is_readable,
 )
 from ._refusals import NOT_FOR_TRITON, NOT_ON_CPU, float64_of
 from .attention import HEAD_DIM
@@ -168,7 +169,7 @@ def _check_offsets(name: str, offsets: Any, query: Tensor, tokens: int, longest:
             f"varlen_attention: expected {name} as int32 [S + 1]; got {describe(offsets)}. "
             "Make it with torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
         )
-    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_readable(offsets):
         return
     values = offsets.tolist()
     lengths = [b - a for a, b in zip(values, values[1:], strict=False)]

@@ -13,6 +13,7 @@ from ..modules.attention import FusedAttention, attend_with, project_and_drop
 from ..modules.fused import (
     child,
     inactive,
+    multiply_weight,
     normalise_heads,
     plain_linear,
     project,
@@ -20,7 +21,6 @@ from ..modules.fused import (
     takes_residual,
 )
 from ..modules.state import FastLayer
-from ..ops.linear import linear
 
 
 class _FusedTimmAttention(FastLayer):
@@ -30,6 +30,7 @@ class _FusedTimmAttention(FastLayer):
     attn_drop: Any
     proj: Any
     proj_drop: Any
+    qkv_bias_separate: bool
 
     def _attend(
         self,
@@ -53,10 +54,10 @@ class _FusedTimmAttention(FastLayer):
         """Query, key and value `[B, H, N, D]` of a packed projection, as views."""
         if bias is None:
             packed = project(self, x, qkv)
-        elif plain_linear(qkv):
-            packed = linear(x, qkv.weight, bias, backend=self._backend("linear"))
-        else:
+        elif self.qkv_bias_separate and not plain_linear(qkv):
             packed = qkv(x) + bias
+        else:
+            packed = multiply_weight(self, x, qkv, bias)
         return split_heads(packed, 3, self.num_heads)
 
     def _query_value_bias(self) -> Tensor | None:

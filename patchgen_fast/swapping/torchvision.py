@@ -16,14 +16,13 @@ from ..modules.fused import (
     add_then_norm,
     add_to_residual,
     inactive,
-    plain_linear,
+    multiply_weight,
     project,
     split_heads,
     takes_residual,
 )
 from ..modules.patch_conv import FastPatchConv2d
 from ..modules.state import FastLayer
-from ..ops.linear import linear
 from .adapters import Adapter, Reason, not_a_patch_conv
 
 
@@ -54,7 +53,7 @@ class FastShiftedWindowAttention(FastLayer, swin_transformer.ShiftedWindowAttent
             bias = bias.to(query.dtype)
         drop = nn.Dropout(self.attention_dropout).train(self.training)
         out = attend_with(self, query, key, heads[2], bias, drop=drop, scale=scale)
-        x = project(self, out.transpose(1, 2).flatten(2), self.proj)
+        x = multiply_weight(self, out.transpose(1, 2).flatten(2), self.proj, self.proj.bias)
         x = F.dropout(x, self.dropout, self.training)
         x = x.reshape(batch, padded[0] // rows, padded[1] // columns, rows, columns, -1)
         x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
@@ -63,7 +62,7 @@ class FastShiftedWindowAttention(FastLayer, swin_transformer.ShiftedWindowAttent
         return x[:, :height, :width].contiguous()
 
     def _packed(self, x: Tensor) -> Tensor:
-        return project(self, x, self.qkv)
+        return multiply_weight(self, x, self.qkv, self.qkv.bias)
 
     def _scaled(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | None]:
         return query, key, None
@@ -76,11 +75,10 @@ class FastShiftedWindowAttentionV2(
 
     def _packed(self, x: Tensor) -> Tensor:
         bias = self.qkv.bias
-        if bias is None or not plain_linear(self.qkv):
-            return super()._packed(x)
-        query, key, value = bias.chunk(3)
-        bias = torch.cat((query, torch.zeros_like(key), value))
-        return linear(x, self.qkv.weight, bias, backend=self._backend("linear"))
+        if bias is not None:
+            query, key, value = bias.chunk(3)
+            bias = torch.cat((query, torch.zeros_like(key), value))
+        return multiply_weight(self, x, self.qkv, bias)
 
     def _scaled(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | None]:
         arithmetic = torch.promote_types(query.dtype, torch.float32)
