@@ -44,6 +44,8 @@ def test_suites_and_filters():
     some = cases.select("ops", ops=["attention"], dtypes=["bfloat16"], phases=["both"])
     assert {(c.op, c.dtype, c.phase) for c in some} == {("attention", "bfloat16", "both")}
     assert {case.threads for case in cases.select("ops", threads="all")} == {"all"}
+    sized = cases.select("ops", shapes=["N197 D32", "N1024"])
+    assert {case.name for case in sized} == {"mae_decoder", "dit_xl_512", "rms_rope_d72"}
     twice = cases.select("quick", ops=["attention"], backends=["reference", "cpu"])
     assert {case.backend for case in twice} == {"reference", "cpu"}
     assert len({case.id for case in twice}) == len(twice)
@@ -114,6 +116,9 @@ def test_patches_that_do_not_fill_the_image_are_left_out_as_a_convolution_does()
         ("fast", {}, "unknown suite 'fast'; expected one of cpu, gpu"),
         ("cpu", {"ops": ["conv"]}, "unknown op 'conv'"),
         ("cpu", {"names": ["vit_z"]}, "unknown case 'vit_z'"),
+        ("cpu", {"shapes": ["N197 D63"]}, "unknown size 'D63'"),
+        ("cpu", {"shapes": ["N577 D72"]}, "no case of suite 'cpu' passes"),
+        ("cpu", {"peers": ["flash"]}, "unknown peer 'flash'; expected one of channels_last"),
         ("cpu", {"dtypes": ["float8"]}, "unknown dtype"),
         ("cpu", {"phases": ["sideways"]}, "unknown phase"),
         ("cpu", {"devices": ["tpu"]}, "unknown device"),
@@ -217,6 +222,17 @@ def test_every_peer_has_a_cell(op, device, monkeypatch):
     )
     contenders = problems.build(small(chosen)).contenders
     assert {c.name for c in contenders if c.role == "peer"} == PEERS[op, device]
+
+
+def test_every_peer_can_be_asked_for_by_name():
+    named = {
+        contender.name
+        for case in {(case.op, case.level): case for case in CATALOGUE}.values()
+        if case.level != "model"
+        for contender in problems.build(small(replace(case, device="cpu"))).contenders
+        if contender.role == "peer"
+    }
+    assert named | set().union(*PEERS.values()) == set(cases.PEERS)
 
 
 def test_attention_cost_is_that_of_the_formula():

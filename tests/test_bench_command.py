@@ -99,6 +99,15 @@ def test_baseline_regression_exits_with_1_after_a_second_try(fake, tmp_path):
     assert "measured once more" in done.stderr and "1 slower" in done.stderr
 
 
+def test_the_baseline_is_not_written_over(fake, tmp_path):
+    base = tmp_path / "base.json"
+    run("bench", "--json", base)
+    before = base.read_bytes()
+    done = run("bench", "--json", base, "--baseline", tmp_path / "." / "base.json")
+    assert done.exit_code == 2 and "choose another --json" in done.stderr
+    assert base.read_bytes() == before
+
+
 def test_resume_goes_on(fake, tmp_path):
     path = tmp_path / "r.json"
     assert run("bench", "--json", path).exit_code == 0

@@ -15,6 +15,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 SUITES = ("standard", "quick", "ops", "layers", "models", "cpu", "gpu")
 LEVELS = ("op", "layer", "block", "model")
 ONE, ALL = "one", "all"
+PEERS = (
+    *("sdpa", "sdpa flash", "sdpa cudnn", "sdpa efficient", "sdpa per sequence"),
+    *("torch.compile", "flex attention", "flash-attn 2", "flash-attn 3", "xformers"),
+    *("channels_last conv", "unfold + linear", "linear + fold", "onnxruntime", "openvino"),
+    *("stock operators", "channels_last"),
+)
 
 
 @dataclass(frozen=True)
@@ -295,24 +301,31 @@ def select(
     *,
     ops: Iterable[str] = (),
     names: Iterable[str] = (),
+    shapes: Iterable[str] = (),
     dtypes: Iterable[str] = (),
     phases: Iterable[str] = (),
     devices: Iterable[str] = (),
     threads: str | None = None,
     backends: Iterable[str] = (),
+    peers: Iterable[str] = (),
 ) -> list[Case]:
     """The cases of a suite that pass every filter; UsageError names what is unknown or empty.
 
+    shapes: sizes that a case must have, such as "N197 D64"; with several, those of any.
     backends: measure each case once with each of these; none: what dispatch takes.
+    peers: choose no cases, and are only looked at for names that do not exist.
     """
     everything = catalogue()
     _known("suite", [suite], SUITES)
     _known("op", ops, {case.op for case in everything})
     _known("case", names, {case.name for case in everything})
+    sizes = [set(shape.split()) for shape in shapes]
+    _known("size", sorted(set().union(*sizes)), {w for c in everything for w in c.shape.split()})
     _known("dtype", dtypes, DTYPES)
     _known("phase", phases, PHASES)
     _known("device", devices, ("cpu", "cuda"))
     _known("backend", backends, ("reference", "torch", "cpu", "triton", "cuda"))
+    _known("peer", peers, PEERS)
     devices = list(devices) or {"cpu": ["cpu"], "gpu": ["cuda"]}.get(suite, ["cpu"])
     kept = [
         case
@@ -321,6 +334,7 @@ def select(
         and case.device in devices
         and _passes(case.op, ops)
         and _passes(case.name, names)
+        and (not sizes or any(wanted <= set(case.shape.split()) for wanted in sizes))
         and _passes(case.dtype, dtypes)
         and _passes(case.phase, phases or _usual_phases(case))
         and (case.threads == threads if threads else True)

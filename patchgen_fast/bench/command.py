@@ -32,7 +32,16 @@ DEFAULT_FOLDER = "results"
 )
 @click.option("--quick", is_flag=True, help="The quick suite, short rounds: under two minutes.")
 @click.option("--op", "ops", multiple=True, metavar="NAME", help="Only this op; repeatable.")
-@click.option("--case", "names", multiple=True, metavar="NAME", help="Only this shape; repeatable.")
+@click.option(
+    "--case", "names", multiple=True, metavar="NAME", help="Only this case, as vit_b; repeatable."
+)
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="SIZES",
+    help="Only cases of these sizes, as 'N197 D64'; repeatable.",
+)
 @click.option(
     "--dtype",
     "dtypes",
@@ -133,13 +142,13 @@ def bench(
     """Compare the fast layers with eager PyTorch and other peers: parity, then speed.
 
     Exit codes: 0 fine, 1 a case that failed or a regression against --baseline, 2 wrong usage,
-    3 a red parity check, 4 no GPU under --require-gpu.
+    3 a red parity check, 4 no GPU under --require-gpu, 130 interrupted (--resume goes on).
     """
     from patchgen_fast.bench import cases as case_list
 
     suite = suite or ("quick" if quick else "standard")
     try:
-        chosen = case_list.select(suite, **filters)
+        chosen = case_list.select(suite, peers=peers, **filters)
     except case_list.UsageError as error:
         raise click.UsageError(str(error)) from error
     if list_only:
@@ -152,6 +161,10 @@ def bench(
 
     wanted = wanted_exports(exports)
     path = json_path or Path(DEFAULT_FOLDER) / f"bench-{suite}.json"
+    if baseline and baseline.resolve() == path.resolve():
+        raise click.UsageError(
+            f"--baseline is {path}, which this run writes; choose another --json"
+        )
     require_writable(path, markdown_path, plot_path, *(target for _, target in wanted))
     quick = quick or suite == "quick"
     try:

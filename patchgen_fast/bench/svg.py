@@ -99,7 +99,7 @@ class Place:
     def of(cls, groups: Sequence[tuple[str, Any]], narrow: bool) -> Place:
         """Beside them with room for the longest, at 6.6 units a character; above if narrow."""
         if narrow:
-            return cls(NARROW, 2.0, 17.0)
+            return cls(NARROW, 5.0, 17.0)
         longest = max((len(shortened(name)) for name, _ in groups), default=0)
         return cls(WIDTH, 20.0 + 6.6 * longest, 0.0)
 
