@@ -59,7 +59,7 @@ def test_ops_under_each_instruction_set(name: str) -> None:
         chosen = _native.info_module().chosen_isa()
         assert chosen == {name!r}, chosen
         options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        tests = ["tests/test_attention.py", "tests/test_patch_embed.py"]
+        tests = [f"tests/test_{{op}}.py" for op in ("attention", "linear", "patch_embed")]
         sys.exit(pytest.main([*options, "-m", "representative", "-k", "[cpu-", *tests]))
         """
     )

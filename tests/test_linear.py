@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases.linear import CASES, Case, call, check, problem
+from cases.linear import CASES, FEW_ROWS, Case, call, check, problem
 from oracle import Target, explicit_gradients, explicit_pairs, require
 
 from patchgen_fast import dispatch, linear
-from patchgen_fast.ops.linear import FEW_ROWS
+from patchgen_fast.ops.linear import FEW_ROWS as FEW_ROWS_TO_LEARN
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parity(case: Case, target: Target) -> None:
+    check(case, target)
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("case", FEW_ROWS, ids=str)
+def test_few_rows(case: Case, target: Target) -> None:
     check(case, target)
 
 
@@ -27,10 +33,31 @@ def test_any_backward_takes_any_forward(case: Case, forward: str, backward: str)
     stated.compare(explicit_gradients(stated, by_reference, forward, backward))
 
 
-@pytest.mark.parametrize("dtype", FEW_ROWS, ids=str)
-def test_few_rows_are_left_to_torch(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", FEW_ROWS_TO_LEARN, ids=str)
+def test_few_rows_are_left_to_torch_where_gradients_are_wanted(dtype: torch.dtype) -> None:
     require("linear", Target("cpu", "cpu"))
-    for rows, backend in ((FEW_ROWS[dtype] - 1, "torch"), (FEW_ROWS[dtype], "cpu")):
+    most = FEW_ROWS_TO_LEARN[dtype]
+    for rows, learns, backend in (
+        (most - 1, True, "torch"),
+        (most - 1, False, "cpu"),
+        (most, True, "cpu"),
+    ):
+        weight = torch.randn(4, 8, dtype=dtype, requires_grad=learns)
         with dispatch.counting() as ran:
-            linear(torch.randn(1, rows, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype))
+            linear(torch.randn(1, rows, 8, dtype=dtype), weight)
         assert ran == {f"linear.{backend}": 1}
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+def test_threads_share_few_rows(rows: int) -> None:
+    """Every split of the outputs gives the same bits."""
+    require("linear", Target("cpu", "cpu"))
+    inputs = torch.randn(rows, 515), torch.randn(999, 515), torch.randn(999)
+    alone = linear(*inputs, activation="gelu", backend="cpu")
+    threads = torch.get_num_threads()
+    try:
+        for torch_threads in (2, 3, 7):
+            torch.set_num_threads(torch_threads)
+            assert torch.equal(linear(*inputs, activation="gelu", backend="cpu"), alone)
+    finally:
+        torch.set_num_threads(threads)

@@ -37,14 +37,7 @@ PATCHGEN_FAST_INLINE Vec load_groups(const Element* from, int64_t count) {
   if constexpr (Operand::kGroup == 1) {
     return load_up_to(from, count);
   } else {
-    if (count >= 2 * kLanes) {
-      return load_bits<Vec>(from);
-    }
-    uint16_t padded[2 * kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      padded[i] = from[i].bits;
-    }
-    return load_bits<Vec>(padded);
+    return load_pairs_up_to(from, count);
   }
 }
 

@@ -32,6 +32,12 @@ void write_prefix_only(const PatchEmbedForward& f) {
 void run_linear(LinearForward f) {
   const KernelTable& table = kernels();
   const Parallel parallel = torch_parallel();
+  const FewRowsPlan few = table.linear_few_rows_plan(f, parallel.threads);
+  if (few.tasks > 0) {
+    return for_each_task(parallel, few.tasks, few.scratch_bytes, [&](int64_t task, void* scratch) {
+      table.linear_few_rows(f, few, task, scratch);
+    });
+  }
   const GemmPlan plan = table.linear_plan(f, parallel.threads);
   if (plan.tasks == 0) {
     return;

@@ -32,6 +32,8 @@
   KERNEL(linear_plan, GemmPlan(const LinearForward&, int64_t threads)) \
   KERNEL(linear_pack, void(const LinearForward&, const GemmPlan&, int64_t task)) \
   KERNEL(linear_forward, void(const LinearForward&, const GemmPlan&, int64_t task, void* scratch)) \
+  KERNEL(linear_few_rows_plan, FewRowsPlan(const LinearForward&, int64_t threads)) \
+  KERNEL(linear_few_rows, void(const LinearForward&, const FewRowsPlan&, int64_t task, void* scratch)) \
   KERNEL(activation_backward, void(const ActivationBackward&, int64_t task)) \
   KERNEL(outer_plan, GemmPlan(const OuterProduct&, int64_t first, int64_t threads)) \
   KERNEL(outer_pack, void(const OuterProduct&, int64_t first, const GemmPlan&, int64_t task, void* scratch)) \

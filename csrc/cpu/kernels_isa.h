@@ -13,6 +13,7 @@
 #include "gemm_sums_kernel.h"
 #include "kernels.h"
 #include "layer_norm_kernel.h"
+#include "linear_few_rows_kernel.h"
 #include "linear_kernel.h"
 #include "patch_embed_kernel.h"
 #include "patch_unembed_kernel.h"

@@ -10,67 +10,10 @@
 
 #include "gemm_gather.h"
 #include "gemm_kernel.h"
-#include "linear_activation.h"
+#include "linear_sink.h"
 
 namespace patchgen_fast {
 namespace {
-
-// Rows of out, residual and preactivation lie `columns` apart; pointers are to the block's first
-// row.
-template <class Out>
-struct ActivationSink {
-  Out* out;
-  Out* preactivation;   // or null
-  const Out* residual;  // or null
-  const float* bias;
-  int64_t columns;
-  Activation activation;
-
-  template <int Rows, int Vecs>
-  PATCHGEN_FAST_INLINE_MEMBER void expect(int64_t, int64_t) const {}
-
-  template <int Rows, int Vecs>
-  PATCHGEN_FAST_INLINE_MEMBER void put(const Vec (&acc)[Rows][Vecs], int64_t row,
-                                       int64_t column) const {
-    Vec tile[Rows * Vecs];
-#pragma GCC unroll 24
-    for (int i = 0; i < Rows * Vecs; ++i) {
-      tile[i] = acc[i / Vecs][i % Vecs];
-    }
-    finish(tile, Rows, Vecs, row, column);
-  }
-
- private:
-  __attribute__((noinline)) void finish(Vec* tile, int tile_rows, int vecs, int64_t row,
-                                        int64_t column) const {
-    for (int r = 0; r < tile_rows; ++r) {
-      for (int v = 0; v < vecs; ++v) {
-        const int64_t at = column + v * kLanes;
-        Vec& x = tile[r * vecs + v];
-        x += load(bias + at);
-        if (preactivation != nullptr) {
-          store_up_to(preactivation + (row + r) * columns + at, x, columns - at);
-        }
-      }
-    }
-    for_activation(activation, [&](auto kind) {
-      for (int i = 0; i < tile_rows * vecs; ++i) {
-        tile[i] = activate<kind.value>(tile[i]);
-      }
-    });
-    for (int r = 0; r < tile_rows; ++r) {
-      for (int v = 0; v < vecs; ++v) {
-        const int64_t at = column + v * kLanes;
-        const int64_t offset = (row + r) * columns + at;
-        Vec x = tile[r * vecs + v];
-        if (residual != nullptr) {
-          x += load_up_to(residual + offset, columns - at);
-        }
-        store_up_to(out + offset, x, columns - at);
-      }
-    }
-  }
-};
 
 template <class T>
 static void pack_linear(const LinearForward& f, const GemmPlan& plan, int64_t panel) {
@@ -80,9 +23,9 @@ static void pack_linear(const LinearForward& f, const GemmPlan& plan, int64_t pa
   Word* packed = static_cast<Word*>(f.packed);
   Word* to = packed + panel_offset(plan, panel);
   if (f.depth_major) {
-    pack_columns<Operand>(to, plan, column, 0, weight, plan.columns, plan.depth);
+    pack_columns<Operand>(to, plan, column, 0, weight, f.weight_stride, plan.depth);
   } else {
-    pack_rows<Operand>(to, plan, column, weight + column * plan.depth, plan.depth);
+    pack_rows<Operand>(to, plan, column, weight + column * f.weight_stride, f.weight_stride);
   }
   pack_bias(reinterpret_cast<float*>(packed + bias_offset(plan)) + column, plan, column,
             static_cast<const T*>(f.bias));
@@ -94,7 +37,7 @@ static void multiply_linear(const LinearForward& f, const GemmPlan& plan, int64_
   using Operand = typename OperandFor<T>::type;
   const GemmTask t = gemm_task(plan, task);
   Word* a = static_cast<Word*>(scratch);
-  const RowsOf<T> input{static_cast<const T*>(f.input), plan.depth, plan.rows, 0};
+  const RowsOf<T> input{static_cast<const T*>(f.input), f.input_stride, plan.rows, 0};
   gather_rows<Operand>(a, plan.stride, input, t.first_row, t.rows, plan.depth);
   const Word* packed = static_cast<const Word*>(f.packed);
   const float* bias = reinterpret_cast<const float*>(packed + bias_offset(plan));
@@ -110,7 +53,7 @@ static void multiply_linear(const LinearForward& f, const GemmPlan& plan, int64_
     multiply_block<Operand>(plan, t, a, packed, sink);
   } else {
     T* pre = f.preactivation == nullptr ? nullptr : static_cast<T*>(f.preactivation) + offset;
-    const ActivationSink<T> sink{out, pre, residual, bias, f.columns, f.activation};
+    const LinearSink<T> sink{out, pre, residual, bias, f.columns, f.activation};
     multiply_block<Operand>(plan, t, a, packed, sink);
   }
 }

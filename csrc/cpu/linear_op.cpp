@@ -47,13 +47,35 @@ int64_t row_count(const Tensor& tensor) {
   return rows;
 }
 
+// A matrix [..., columns] as the kernels read it: rows of contiguous elements, `stride` apart.
+struct Matrix {
+  Tensor data;
+  int64_t stride;
+};
+
+// Without a copy where the rows lie evenly.
+Matrix matrix_of(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  int64_t rows = 1;
+  int64_t stride = tensor.size(last);
+  bool even = tensor.stride(last) == 1 || tensor.size(last) == 1;
+  for (int64_t dim = last - 1; dim >= 0; --dim) {
+    if (tensor.size(dim) == 1) {
+      continue;
+    }
+    stride = rows == 1 ? tensor.stride(dim) : stride;
+    even = even && tensor.stride(dim) == stride * rows;
+    rows *= tensor.size(dim);
+  }
+  return even ? Matrix{tensor, stride}
+              : Matrix{torch::stable::contiguous(tensor), tensor.size(last)};
+}
+
 std::tuple<Tensor, Tensor> linear(Tensor input, Tensor weight, OptionalTensor bias,
                                   std::string activation, OptionalTensor residual,
                                   bool save_preactivation) {
   static CallCounter calls("linear.cpu");
   calls.add();
-  input = as_contiguous(input);
-  weight = as_contiguous(weight);
   if (residual.has_value()) {
     residual = as_contiguous(*residual);
   }
@@ -63,8 +85,14 @@ std::tuple<Tensor, Tensor> linear(Tensor input, Tensor weight, OptionalTensor bi
   f.depth = weight.size(1);
   f.dtype = dtype_of(input);
   f.activation = activation_named(activation);
-  f.input = input.const_data_ptr();
-  f.weight = weight.const_data_ptr();
+  // The view of a contiguous [depth, columns] is read as that.
+  f.depth_major = weight.stride(1) != 1 && weight.stride(0) == 1 && f.depth > 1;
+  const Matrix rows = matrix_of(input);
+  const Matrix weights = matrix_of(f.depth_major ? torch::stable::transpose(weight, 0, 1) : weight);
+  f.input = rows.data.const_data_ptr();
+  f.input_stride = rows.stride;
+  f.weight = weights.data.const_data_ptr();
+  f.weight_stride = weights.stride;
   f.bias = data_or_null(bias);
   f.residual = data_or_null(residual);
   Tensor out = new_rows(input, f.columns);
@@ -99,7 +127,9 @@ Tensor grad_of_input(const Tensor& grad, const Tensor& input, const Tensor& weig
   f.dtype = dtype_of(grad);
   f.depth_major = true;
   f.input = grad.const_data_ptr();
+  f.input_stride = f.depth;
   f.weight = weight.const_data_ptr();
+  f.weight_stride = f.columns;
   f.out = grad_input.mutable_data_ptr();
   run_linear(f);
   return grad_input;

@@ -11,6 +11,7 @@
 //   fma max min select       lane by lane
 //   sum_lanes max_lanes      over the lanes
 //   transpose                of a kLanes x kLanes tile in registers
+//   lane_sums                of kLanes vectors, as one
 //   exp2_scaled add_log dot_pairs   simd_math.h
 #pragma once
 
@@ -172,6 +173,22 @@ PATCHGEN_FAST_INLINE void transpose(Vec (&rows)[kLanes]) {
       }
     }
     transpose<Step * 2>(rows);
+  }
+}
+
+// Lane i of the first vector becomes the sum over the lanes of vectors[i]: log2(kLanes) rounds of a
+// transposition, each of which adds up half of the vectors with the other half.
+template <int Half = kLanes / 2>
+PATCHGEN_FAST_INLINE Vec lane_sums(Vec (&vectors)[kLanes]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Half; ++i) {
+    exchange<Half>(vectors[i], vectors[i + Half], std::make_integer_sequence<int, kLanes>{});
+    vectors[i] += vectors[i + Half];
+  }
+  if constexpr (Half == 1) {
+    return vectors[0];
+  } else {
+    return lane_sums<Half / 2>(vectors);
   }
 }
 

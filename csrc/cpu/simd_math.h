@@ -103,6 +103,14 @@ PATCHGEN_FAST_INLINE Pairs load_pairs(const void* from) {
   return load_bits<Pairs>(from);
 }
 
+#if defined(__AVX512BF16__)
+// The first `count` numbers, as the bits of floats; 0 for the others.
+PATCHGEN_FAST_INLINE Vec load_pairs_up_to(const BFloat16* from, int64_t count) {
+  const __mmask32 present = count >= 2 * kLanes ? ~0u : (1u << count) - 1u;
+  return bit_cast<Vec>(_mm512_maskz_loadu_epi16(present, from));
+}
+#endif
+
 // acc + a.first * b.first + a.second * b.second
 PATCHGEN_FAST_INLINE Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
 #if defined(__AVX512BF16__)

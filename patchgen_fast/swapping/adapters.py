@@ -95,6 +95,7 @@ class Known:
 # `parts_of` (module), with TARGETS (fast class -> adapter) of the latter.
 LIBRARIES = {
     "patchgen_fast.models": "patchgen_fast.swapping.patchgen",
+    "patchgen_fast.generator.heads": "patchgen_fast.swapping.generator",
     "torch.nn": "patchgen_fast.swapping.torch_nn",
     "timm": "patchgen_fast.swapping.timm",
     "torchvision.models": "patchgen_fast.swapping.torchvision",

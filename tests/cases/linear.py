@@ -99,6 +99,31 @@ def check(case: Case, target: Target) -> None:
     stated.compare(got, target.factor)
 
 
+# Rows of which one tile, some even ones, and some uneven ones are made; the last are too many.
+FEW_ROWS = [
+    Case(**choice)
+    for choice in pairwise(
+        {
+            "rows": ((1,), (2,), (3, 1), (7,), (2, 4), (9,), (16,), (17,), (3, 11), (64,), (97,)),
+            "inner": (0, 31, 64, 100, 515),  # 1 below: no yardstick in one number's gradient
+            "outer": (1, 3, 16, 17, 70),
+            "dtype": DTYPES,
+            "activation": ACTIVATIONS,
+            "bias": (True, False),
+            "residual": ("none", "full", "row", "broadcast", "strided"),
+            "layout": ("contiguous", "sliced", "strided", "batch_last"),
+            "weight_layout": ("contiguous", "sliced", "strided", "batch_last"),
+        }
+    )
+] + [
+    Case(rows=(17,), inner=1, outer=33),
+    # Sums that are cut into runs.
+    Case(rows=(7,), inner=4133, outer=18, activation="silu"),
+    Case(rows=(2,), inner=4133, outer=18, dtype=torch.float16),
+    Case(rows=(3,), inner=33001, outer=5, dtype=torch.bfloat16),
+    Case(rows=(5,), inner=32, outer=0),
+]
+
 CASES = [
     Case(**choice)
     for choice in pairwise(
