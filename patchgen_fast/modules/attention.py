@@ -53,7 +53,7 @@ def attend_with(
         is_causal=is_causal,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
-        query_offset=past,
+        query_offset=past if is_causal else 0,
         backend=owner._fast.backend,
     )
     record(owner, query, key, attn_mask, is_causal, scale, past)

@@ -69,14 +69,17 @@ def is_plain_tensor(tensor: Tensor | None) -> bool:
     return not hasattr(tensor, "__tensor_flatten__")
 
 
+def linear_parameters(module: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear layer where they may be read, else None."""
+    if type(module) not in LINEAR_TYPES or not unobserved(module):
+        return None
+    weight, bias = module.weight, module.bias
+    return (weight, bias) if is_plain_tensor(weight) and is_plain_tensor(bias) else None
+
+
 def plain_linear(module: Any) -> bool:
     """Whether the weight of a linear layer may be read."""
-    return (
-        type(module) in LINEAR_TYPES
-        and unobserved(module)
-        and is_plain_tensor(module.weight)
-        and is_plain_tensor(module.bias)
-    )
+    return linear_parameters(module) is not None
 
 
 def plain_patch_conv(module: Any) -> bool:
@@ -146,18 +149,18 @@ def project(
     afterwards, so that the stream keeps its precision.
     """
     name = None if activation is None else activation_name(activation)
-    if not plain_linear(module) or (activation is not None and name is None):
+    parameters = linear_parameters(module)
+    if parameters is None or (activation is not None and name is None):
         out = module(x)
         if activation is not None:
             out = activation(out)
         return out if residual is None else residual + out
     if activation is None and residual is None and not owner._has_kernel("linear", x.device.type):
-        return F.linear(x, module.weight, module.bias)  # nothing to join: spares the dispatch
+        return F.linear(x, *parameters)  # nothing to join: spares the dispatch
     inside = residual is not None and residual.dtype == product_dtype(x)
     out = linear(
         x,
-        module.weight,
-        module.bias,
+        *parameters,
         activation=name,
         residual=residual if inside else None,
         backend=owner._backend("linear"),
