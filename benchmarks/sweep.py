@@ -15,6 +15,7 @@ A line of JSON a model goes to `benchmarks/results/sweep-LIBRARY.jsonl` as soon 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -29,7 +30,13 @@ import sweep_transformers
 from sweep_examine import Entry
 
 RESULTS = Path(__file__).parent / "results"
+MOST_SECONDS = 300  # for a model
 STATUSES = ("fully", "partly", "refused", "not run")
+
+
+class TooSlow(BaseException):
+    """Past whoever catches exceptions on the way: the model took too long."""
+
 
 # library -> (the names of its models, what examines one)
 LIBRARIES: dict[str, tuple[Callable[[], list[str]], Callable[[str], Entry]]] = {
@@ -43,10 +50,20 @@ LIBRARIES: dict[str, tuple[Callable[[], list[str]], Callable[[str], Entry]]] = {
 
 
 def _guarded(examine_one: Callable[[str], Entry], name: str) -> Entry:
+    signal.signal(signal.SIGALRM, _stop)
+    signal.alarm(MOST_SECONDS)
     try:
         return examine_one(name)
+    except TooSlow:
+        return Entry(name, "not run", note=f"it took longer than {MOST_SECONDS} s")
     except Exception as error:  # a model that fails is a finding, and the others are still wanted
         return Entry(name, "error", note=f"{type(error).__name__}: {error}"[:2000])
+    finally:
+        signal.alarm(0)
+
+
+def _stop(*_: Any) -> None:
+    raise TooSlow
 
 
 def run(library: str, shard: tuple[int, int], match: str, quiet: bool) -> Path:
@@ -101,10 +118,10 @@ def table(library: str) -> str:
     counts = Counter(entry["status"] for entry in entries)
     verdicts = Counter(entry["parity"] for entry in entries if entry["parity"])
     sampled = Counter(entry["sampled"] for entry in entries if entry["sampled"])
-    reasons: dict[tuple[str, str], int] = Counter(
+    reasons: Counter[tuple[str, str]] = Counter(
         (cls, reason) for entry in entries for cls, reason in entry["left"].items()
     )
-    fell_back: dict[str, int] = Counter(
+    fell_back: Counter[str] = Counter(
         reason for entry in entries for reason in entry.get("fell_back", ())
     )
     lines = [
@@ -121,15 +138,14 @@ def table(library: str) -> str:
         "that is small enough could be built, so nothing is claimed of it; what swap would do is "
         "in the JSON lines. Undecided: the model chooses by its numbers, and eager with another "
         "kernel of torch's chooses otherwise too.",
-        "",
-        "| class that stays as it is | reason | models |",
-        "|---|---|---|",
-        *(f"| {cls} | {why} | {n} |" for (cls, why), n in reasons.most_common()),  # type: ignore[attr-defined]
     ]
+    if reasons:
+        lines += ["", "| class that stays as it is | reason | models |", "|---|---|---|"]
+        lines += [f"| {cls} | {why} | {n} |" for (cls, why), n in reasons.most_common()]
     wrong = [e for e in entries if e["parity"] == "fail" or "fail" in e["sampled"]]
     if fell_back:
         lines += ["", "| swapped layers took the eager way, as they | models |", "|---|---|"]
-        lines += [f"| {reason} | {n} |" for reason, n in fell_back.most_common()]  # type: ignore[attr-defined]
+        lines += [f"| {reason} | {n} |" for reason, n in fell_back.most_common()]
     unsure = [e for e in entries if "undecided" in e["parity"] + e["sampled"]]
     odd = [e for e in entries if e["status"] in ("error", "not run")]
     for title, listed in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,10 @@ from torch import Tensor, nn
 
 from patchgen_fast._torchvision import make_importable
 
-DEPTHS = (
-    "num_hidden_layers", "encoder_layers", "decoder_layers", "num_encoder_layers",
-    "num_decoder_layers", "depth", "num_layers", "memory_attention_num_layers",
-)  # fmt: skip
+DEPTH = re.compile(r"(layers|depth|blocks)$")
 IMAGES = ("pixel_values", "pixel_values_videos")
 TOKENS = 5  # of a text
+SAMPLE = 3  # one model of so many is run in bfloat16 and with gradients too
 
 
 def models() -> list[str]:
@@ -74,7 +73,7 @@ def examine_model(name: str) -> Entry:
             )
         )
 
-    return examine(name, build, small)
+    return examine(name, build, small, SAMPLE)
 
 
 def _flatten(config: Any) -> None:
@@ -84,18 +83,22 @@ def _flatten(config: Any) -> None:
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
             _flatten(value)
-        elif name in DEPTHS and isinstance(value, int):
+        elif DEPTH.search(name) and type(value) is int and value > 1:
             setattr(config, name, 1)
 
 
 def _first_of(config: Any, *names: str, default: Any = None) -> Any:
     """The first of these attributes that a configuration has, or one of those inside it."""
-    inside = [getattr(config, part, None) for part in ("vision_config", "backbone_config")]
-    for place in (config, *inside):
-        for name in names:
-            value = getattr(place, name, None)
-            if value is not None:
-                return value
+    from transformers import PretrainedConfig
+
+    for name in names:
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            found = _first_of(value, *names)
+            if found is not None:
+                return found
     return default
 
 

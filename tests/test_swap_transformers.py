@@ -140,12 +140,43 @@ def test_packed_images_of_qwen_vl():
     grid = torch.tensor([[1, 4, 6], [1, 8, 4]])
     patches = torch.rand(24 + 32, 3 * 2 * 14 * 14).double()
     expected = model(patches, grid_thw=grid).last_hidden_state
+    expected.square().sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
     report = swap(model)
-    got = model(patches, grid_thw=grid).last_hidden_state
+    with dispatch.counting() as ran:
+        got = model(patches, grid_thw=grid).last_hidden_state
+    # one call a layer for all images and windows
+    assert {op.partition(".")[0] for op in ran} >= {"varlen_attention", "linear"}
+    assert sum(n for op, n in ran.items() if op.startswith("varlen_attention.")) == 2
+    assert not any(op.startswith("attention.") for op in ran)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    got.square().sum().backward()
+    for n, p in model.named_parameters():
+        if n in gradients:
+            torch.testing.assert_close(p.grad, gradients[n], rtol=1e-8, atol=1e-8, msg=n)
     counters = report.counters()
     assert counters["patch_embed.proj"] == {"calls": 1, "fell_back": {}}
     assert all(c["calls"] and not c["fell_back"] for c in counters.values()), str(report)
+
+
+def test_packed_images_with_dropout_and_for_attention_maps():
+    """What `varlen_attention` has not is done image by image."""
+    from patchgen_fast.modules.recording import recording
+
+    module = nn.Module()
+    offsets = torch.tensor([0, 5, 12])
+    heads = [torch.randn(1, 2, 12, 8) for _ in range(3)]
+    lengths = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), offsets)
+    call = {**lengths, "max_length_q": 7, "max_length_k": 7, "is_causal": False}
+    expected, _ = adapter.packed_attention_function(module, *heads, **call)
+    with recording() as weights:
+        got, _ = adapter.packed_attention_function(module, *heads, **call)
+    torch.testing.assert_close(got, expected)
+    assert [tuple(w.shape) for _, w in weights] == [(1, 2, 5, 5), (1, 2, 7, 7)]
+    dropped, _ = adapter.packed_attention_function(module, *heads, dropout=0.5, **call)
+    assert dropped.shape == expected.shape
+    assert not torch.allclose(dropped, expected)
 
 
 def test_causal_and_masked_text_with_grouped_keys():

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,9 @@ def test_undecided_is_only_what_eager_itself_gets_wrong(examining, monkeypatch):
     assert verdict() == "undecided"
     monkeypatch.setattr(examining, "eager_by_another_kernel", lambda *_: {"another"})
     assert verdict() == "fail"
+
+
+def test_a_model_that_takes_too_long_is_not_run(sweep, monkeypatch):
+    monkeypatch.setattr(sweep, "MOST_SECONDS", 1)
+    entry = sweep._guarded(lambda name: time.sleep(10), "slow")
+    assert (entry.status, entry.note) == ("not run", "it took longer than 1 s")

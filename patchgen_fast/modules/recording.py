@@ -31,6 +31,11 @@ def recording() -> Iterator[list[tuple[int, Tensor]]]:
         _open = None
 
 
+def is_recording() -> bool:
+    """Whether somebody wants the weights now."""
+    return _open is not None
+
+
 def record(
     owner: Any,
     query: Tensor,

@@ -6,6 +6,10 @@ model's configuration stay as they are. Masks are made by the model, for its own
 only modules whose implementation is "sdpa" are swapped, and our function takes exactly what that
 one takes, so a padding mask can't get lost on the way.
 
+A module that packs several images into one sequence asks for them one by one, unless it is told
+that flash attention is there: then it hands over where each begins. So such modules get a
+configuration that names `PACKED`, and one call of `varlen_attention` serves all images.
+
 Both interfaces know the name "patchgen_fast" once this file is imported, so that a model may also
 be built with `attn_implementation="patchgen_fast"`.
 """
@@ -26,13 +30,15 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from ..modules.patch_conv import FastPatchConv2d, FastPatchConv3d, is_patch_conv
-from ..modules.recording import record
+from ..modules.recording import is_recording, record
 from ..modules.state import LayerState, explain, state_of
 from ..ops.attention import attention
+from ..ops.varlen_attention import varlen_attention
 from . import transformers_blocks
 from .adapters import Adapter, Reason, not_a_patch_conv
 
 NAME = "patchgen_fast"
+PACKED = "patchgen_fast_flash_varlen"  # transformers looks for "flash" in the name
 # of `sdpa_attention_forward`, whose contract ours is: of transformers 5.23
 FINGERPRINTS = ("6f100a288695f845",)
 
@@ -49,10 +55,14 @@ class InterfaceState(LayerState):
         self.config = module.config
         module.config = copy.copy(self.config)
         # The property would tell the configurations inside, which the copy shares.
-        module.config._attn_implementation_internal = NAME
+        packs = "cu_seq_lens_q=" in _source_of_forward(module.__class__)
+        module.config._attn_implementation_internal = PACKED if packs else NAME
 
     def remove(self, module: Any) -> None:
-        if module.config._attn_implementation == NAME:  # else somebody chose another since
+        if module.config._attn_implementation in (
+            NAME,
+            PACKED,
+        ):  # else somebody chose another since
             module.config = self.config
         del module.__dict__["_fast"]
 
@@ -136,8 +146,61 @@ def _reason_against(
     return None
 
 
+def packed_attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    *,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    max_length_q: int,
+    max_length_k: int,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls for packed images: `[1, H, T, D]` to `[1, T, H, D]`.
+
+    Image s lies from token `cu_seq_lens_q[s]` to `cu_seq_lens_q[s + 1]`; each attends to itself.
+    """
+    state = state_of(module)
+    if dropout > 0.0 or is_recording():  # `varlen_attention` has no dropout and no weights
+        lengths = cu_seq_lens_q.diff().tolist()
+        images = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        outs = [
+            attention_function(module, q, k, v, None, dropout, scaling, is_causal)[0]
+            for q, k, v in images
+        ]
+        return torch.cat(outs, dim=1), None
+    if state is not None and not torch.compiler.is_compiling():
+        state.calls += 1
+    try:
+        out: Any = varlen_attention(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            cu_seq_lens_q.int(),
+            cu_seq_lens_k.int(),
+            max_length_q,
+            max_length_k,
+            is_causal=bool(is_causal),
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+            backend=None if state is None else state.backend,
+        )
+    except Exception as error:
+        explain(error, state)
+        raise
+    return out[None], None
+
+
 AttentionInterface.register(NAME, attention_function)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(PACKED, packed_attention_function)
+AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
 @lru_cache(maxsize=1)
@@ -147,14 +210,19 @@ def _known_version() -> bool:
 
 
 @cache
+def _source_of_forward(cls: type) -> str:
+    try:
+        return inspect.getsource(cls.forward)  # type: ignore[attr-defined]
+    except (OSError, TypeError, AttributeError):
+        return ""
+
+
+@cache
 def _asks_the_interface(cls: type) -> bool:
     """Whether a class takes its attention function from the interface, by its configuration."""
     if not cls.__module__.startswith("transformers.models."):
         return False
-    try:
-        source = inspect.getsource(cls.forward)  # type: ignore[attr-defined]
-    except (OSError, TypeError, AttributeError):
-        return False
+    source = _source_of_forward(cls)
     asked = "ALL_ATTENTION_FUNCTIONS.get_interface(" in source
     return asked and "self.config._attn_implementation" in source
 
