@@ -121,9 +121,11 @@ sanitize: environment ## the CPU kernels' tests under the sanitizers (g++; some 
 	    PYTHONPATH=$$(echo $$PWD/lib*) $(abspath $(BIN))/python -m pytest -k "$(or $(K),cpu)" -n $(JOBS) \
 	    -p no:cacheprovider $(abspath $(SANITIZE_TESTS))
 
-gpu-code-report: environment ## what the GPU compilers make of the kernels; needs nvcc for CUDA C++'s, no GPU
+gpu-code-report: environment ## what the GPU compilers make of the kernels; needs nvcc, no GPU
+	@command -v nvcc > /dev/null || { echo "no nvcc on PATH: install the CUDA toolkit, 13.0 or later"; exit 1; }
+	PATCHGEN_FAST_BUILD=cuda $(BIN)/python setup.py --quiet build --build-base build/cuda
+	$(BIN)/python benchmarks/cuda_code_report.py build/cuda/lib*/patchgen_fast/_kernels.so
 	$(BIN)/python benchmarks/gpu_code_report.py
-	$(BIN)/python benchmarks/cuda_code_report.py $(ARGS)
 
 gpu: environment ## build, check, measure and profile on the GPU at hand, in ten minutes
 	$(BIN)/python benchmarks/gpu/run.py --out results/gpu $(ARGS)

@@ -1,53 +1,41 @@
-"""What nvcc makes of the CUDA C++ kernels, for every architecture that is shipped; needs no GPU.
+"""What nvcc made of the CUDA C++ kernels, for every architecture that is shipped; needs no GPU.
 
-    python benchmarks/cuda_code_report.py [--archs 80,90a] [--out benchmarks/results/cuda_code.json]
+    python benchmarks/cuda_code_report.py build/cuda/lib*/patchgen_fast/_kernels.so
 
-Of each kernel: registers, spills (bytes of stores and loads), shared memory of a block at the
-largest size that the instance serves, and how many blocks of it a multiprocessor holds. Registers
-and spills are ptxas's own words; shared memory comes from the plans that launch the kernels, run on
-the host; blocks are the smallest of what registers, shared memory and warps allow. Nothing here is
-a measurement of speed.
+reads a library with the CUDA part and writes benchmarks/results/cuda_code.json, which
+gpu_code_report.py tabulates. Of each kernel: registers, spills (bytes of stack and local memory a
+thread), shared memory of a block at the largest size that the instance serves, and how many blocks
+of it a multiprocessor holds. Registers and spills are read from the machine code itself; shared
+memory comes from the plans that launch the kernels, run on the host; blocks are the smallest of
+what registers, shared memory and warps allow. Nothing here is a measurement of speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
+RECORD = ROOT / "benchmarks" / "results" / "cuda_code.json"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cuda_host")]
+
+from patchgen_fast.triton.aot import LIMITS, TOOLS  # noqa: E402
+
 ARCHS = ("80", "86", "89", "90a", "100a", "120a")
 REGISTERS = 65536  # of a multiprocessor, on every one of these chips
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "unsigned char": "uint8", "float": "fp32"}
-
-
-@dataclass(frozen=True)
-class Chip:
-    """Limits of a multiprocessor, from the CUDA programming guide's table of capabilities."""
-
-    warps: int
-    blocks: int
-    shared: int  # bytes in all
-    shared_of_block: int  # bytes
-
-
-CHIPS = {
-    "80": Chip(64, 32, 167936, 166912),
-    "86": Chip(48, 16, 102400, 101376),
-    "89": Chip(48, 24, 102400, 101376),
-    "90a": Chip(64, 32, 233472, 232448),
-    "100a": Chip(64, 32, 233472, 232448),
-    "120a": Chip(48, 24, 102400, 101376),
-}
+BUILD = "build it with: PATCHGEN_FAST_BUILD=cuda python setup.py build --build-base build/cuda"
 
 
 @dataclass
@@ -61,21 +49,28 @@ class Row:
     blocks_per_multiprocessor: int  # 0: more shared memory than a block can have
 
 
-def blocks_per_multiprocessor(chip: Chip, registers: int, shared: int, threads: int) -> int:
+def digest() -> str:
+    """Of all that the kernels are made from: tells whether a record is theirs."""
+    files = [path for path in sorted(SOURCES.iterdir()) if path.suffix in (".cu", ".cuh", ".h")]
+    named = b"".join(path.name.encode() + path.read_bytes() for path in files)
+    return hashlib.sha256(named).hexdigest()
+
+
+def blocks_per_multiprocessor(arch: str, registers: int, shared: int, threads: int) -> int:
     """Registers are given to warps by 256 within each quarter of the multiprocessor, shared memory
     to blocks by 128 bytes with 1 KiB on top."""
-    if shared > chip.shared_of_block:
+    most_warps, most_blocks, all_shared, shared_of_block = LIMITS[int(arch.rstrip("a"))]
+    if shared > shared_of_block:
         return 0
     warps = threads // 32
     of_warp = -(-registers * 32 // 256) * 256
     by_registers = REGISTERS // 4 // of_warp * 4 // warps
-    by_shared = chip.shared // (-(-(shared + 1024) // 128) * 128)
-    return min(chip.blocks, chip.warps // warps, by_registers, by_shared)
+    by_shared = all_shared // (-(-(shared + 1024) // 128) * 128)
+    return min(most_blocks, most_warps // warps, by_registers, by_shared)
 
 
 def launches(folder: Path) -> dict[str, tuple[int, int]]:
     """kernel -> (threads, bytes of shared memory), of the bf16 instances; fp16 is the same."""
-    sys.path.insert(0, str(ROOT / "tests" / "cuda_host"))
     import harness
 
     library = ctypes.CDLL(str(harness.build(folder)))
@@ -89,50 +84,51 @@ def launches(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def plain_name(mangled: str) -> str:
+def plain_names(mangled: list[str]) -> dict[str, str]:
     """_ZN...attention_forward_kernelI...E -> attention_forward<bf16, 64, 13>"""
-    demangled = subprocess.run(
-        ["c++filt", mangled], capture_output=True, text=True, check=True
+    done = subprocess.run(
+        ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
+    )
+    names = {}
+    for symbol, demangled in zip(mangled, done.stdout.splitlines(), strict=True):
+        match = re.search(r"(\w+)_kernel<(.*?)>\(", demangled)
+        assert match, demangled
+        arguments = match[2].replace("patchgen_fast::cuda::", "").split(", ")
+        plain = ", ".join(DTYPES.get(a, re.sub(r"^\(int\)", "", a)) for a in arguments)
+        names[symbol] = f"{match[1]}<{plain}>"
+    return names
+
+
+def machine_code(library: Path) -> Iterator[tuple[str, str, int, int]]:
+    """Kernel, architecture, registers and bytes spilled of all machine code in a binary."""
+    text = subprocess.run(
+        [str(TOOLS / "cuobjdump"), "-res-usage", str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
-    match = re.search(r"(\w+)_kernel<(.*?)>\(", demangled)
-    assert match, demangled
-    arguments = match[2].replace("patchgen_fast::cuda::", "").split(", ")
-    return f"{match[1]}<{', '.join(DTYPES.get(a, re.sub(r'^.int.', '', a)) for a in arguments)}>"
+    names = plain_names(sorted(set(re.findall(r"Function (\w+):", text))))
+    for section in re.split(r"^arch = sm_", text, flags=re.MULTILINE)[1:]:
+        arch = section.split(maxsplit=1)[0]
+        usage = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+        for symbol, registers, stack, local in re.findall(usage, section):
+            yield names[symbol], arch, int(registers), int(stack) + int(local)
 
 
-def compiled(source: Path, arch: str, folder: Path) -> Iterator[tuple[str, int, int]]:
-    """Kernel, registers and bytes spilled, by ptxas."""
-    command = ["nvcc", "-std=c++20", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-    command += ["-Xptxas", "-v", "-c", str(source), "-o", str(folder / "kernels.o")]
-    log = subprocess.run(command, capture_output=True, text=True)
-    if log.returncode:
-        raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{log.stderr}")
-    kernel, spilled = "", 0
-    for line in log.stderr.splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)'", line):
-            kernel = plain_name(match[1])
-        elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            spilled = int(match[1]) + int(match[2])
-        elif match := re.search(r"Used (\d+) registers", line):
-            yield kernel, int(match[1]), spilled
-
-
-def collect(archs: tuple[str, ...] = ARCHS) -> list[Row]:
-    """One row for each kernel and architecture."""
+def rows_of(library: Path) -> list[Row]:
+    """One row for each kernel and architecture, in a fixed order."""
+    with tempfile.TemporaryDirectory() as folder:
+        plans = launches(Path(folder))
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        plans = launches(folder)
-        for arch in archs:
-            for source in sorted(SOURCES.glob("*.cu")):
-                for kernel, registers, spilled in compiled(source, arch, folder):
-                    if "_sm90" in kernel and arch != "90a":
-                        continue  # empty there
-                    threads, shared = plans[kernel.replace("fp16", "bf16")]
-                    blocks = blocks_per_multiprocessor(CHIPS[arch], registers, shared, threads)
-                    rows.append(Row(kernel, arch, registers, spilled, shared, threads, blocks))
-            print(f"sm_{arch}: {sum(row.arch == arch for row in rows)} kernels", flush=True)
-    return rows
+    for kernel, arch, registers, spilled in machine_code(library):
+        if "_sm90" in kernel and arch != "90a":
+            continue  # empty there
+        threads, shared = plans[kernel.replace("fp16", "bf16")]
+        blocks = blocks_per_multiprocessor(arch, registers, shared, threads)
+        rows.append(Row(kernel, arch, registers, spilled, shared, threads, blocks))
+    order = {kernel: i for i, kernel in enumerate(plans)}
+    key = {row.kernel: order[row.kernel.replace("fp16", "bf16")] for row in rows}
+    return sorted(rows, key=lambda row: (key[row.kernel], row.kernel, ARCHS.index(row.arch)))
 
 
 def compiler() -> str:
@@ -141,21 +137,61 @@ def compiler() -> str:
     return f"nvcc {match[1]}" if match else "nvcc"
 
 
+def table(record: dict[str, Any]) -> list[str]:
+    """The record as a part of the report."""
+    rows = {(row["kernel"], row["arch"]): row for row in record["rows"]}
+    kernels = [k for k in dict.fromkeys(row["kernel"] for row in record["rows"]) if "fp16" not in k]
+    spilled = sum(row["spill_bytes"] > 0 for row in record["rows"])
+    apart = max(
+        abs(row["registers"] - rows[kernel.replace("fp16", "bf16"), arch]["registers"])
+        for (kernel, arch), row in rows.items()
+    )
+    lines = [
+        "## CUDA C++ kernels",
+        "",
+        f"By {record['compiler']}, from the machine code that is shipped. Registers a thread x "
+        "blocks a multiprocessor; threads and KiB of shared memory a block, at the largest size "
+        "that the instance serves (0 blocks: more than that chip has; smaller sizes fit). "
+        f"{len(record['rows'])} kernels and architectures, {spilled} with spills. fp16 instances "
+        f"take the same but for at most {apart} registers.",
+        "",
+        f"| kernel | threads | KiB | {' | '.join(f'sm_{arch}' for arch in ARCHS)} |",
+        f"|---|---|---|{'---|' * len(ARCHS)}",
+    ]
+    for kernel in kernels:
+        of_arch = [rows.get((kernel, arch)) for arch in ARCHS]
+        any_row = next(row for row in of_arch if row)
+        cells = [
+            f"{row['registers']} x {row['blocks_per_multiprocessor']}" if row else ""
+            for row in of_arch
+        ]
+        lines.append(
+            f"| `{kernel}` | {any_row['threads']} | {any_row['shared_bytes'] / 1024:.1f} "
+            f"| {' | '.join(cells)} |"
+        )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--archs", default=",".join(ARCHS))
-    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "cuda_code.json"))
+    parser.add_argument("library", type=Path, help="_kernels.so with code for all architectures")
     arguments = parser.parse_args()
-    if shutil.which("nvcc") is None:
-        raise SystemExit("no nvcc on PATH: install the CUDA toolkit, 13.0 or later")
-    rows = collect(tuple(arguments.archs.split(",")))
-    record = {"compiler": compiler(), "rows": [asdict(row) for row in rows]}
-    out = Path(arguments.out)
-    part = out.with_suffix(".part")
+    if not arguments.library.exists():
+        raise SystemExit(f"expected a library at {arguments.library}; {BUILD}")
+    rows = rows_of(arguments.library)
+    if missing := set(ARCHS) - {row.arch for row in rows}:
+        raise SystemExit(f"no code for sm_{', sm_'.join(sorted(missing))} in it; {BUILD}")
+    record = {
+        "compiler": compiler(),
+        "sources": digest(),
+        "library_bytes": arguments.library.stat().st_size,
+        "rows": [asdict(row) for row in rows],
+    }
+    part = RECORD.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(out)
+    part.replace(RECORD)
     spills = [row for row in rows if row.spill_bytes]
-    print(f"{len(rows)} rows, {len(spills)} with spills, written to {out.name}")
+    print(f"{len(rows)} kernels and architectures, {len(spills)} with spills: {RECORD}")
     for row in spills:
         print(f"  {row.kernel} on sm_{row.arch}: {row.spill_bytes} bytes")
 

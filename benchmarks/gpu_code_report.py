@@ -1,14 +1,16 @@
-"""What the Triton kernels compile to, chip by chip, and the time that their code alone rules out.
+"""What the GPU kernels compile to, chip by chip, and the time that their code alone rules out.
 
     python benchmarks/gpu_code_report.py              writes benchmarks/results/gpu-code-report.md
 
 No GPU is needed and nothing is timed: every figure is read from machine code or computed from it.
 The report is committed, so that a change shows what it did to registers, instructions and bounds.
+Triton's part is made here; CUDA C++'s is what cuda_code_report.py last read (it needs nvcc).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -19,8 +21,9 @@ import triton
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "benchmarks" / "results" / "gpu-code-report.md"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "triton_aot")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "triton_aot"), str(ROOT / "benchmarks")]
 
+import cuda_code_report  # noqa: E402
 from launches import SOURCES, attend, recorded  # noqa: E402
 
 from patchgen_fast.triton import attention  # noqa: E402
@@ -111,7 +114,7 @@ def report() -> str:
     lines = [
         "# GPU code report",
         "",
-        f"Made by `python benchmarks/gpu_code_report.py` with triton {triton.__version__}, "
+        f"Made by `make gpu-code-report` with triton {triton.__version__}, "
         f"torch {torch.__version__.split('+')[0]}, bf16 unless said. **Nothing here is measured on "
         "a GPU**: registers, shared memory and instructions are read from cubins, and times are "
         "lower bounds computed from them.",
@@ -137,7 +140,7 @@ def report() -> str:
     for capability in CAPABILITIES:
         lines += [
             "",
-            f"## Kernels, sm_{capability}",
+            f"## Triton kernels, sm_{capability}",
             "",
             "Registers a thread, KiB of shared memory a block, blocks a multiprocessor, "
             "instructions in all and in each innermost loop that holds products.",
@@ -147,6 +150,7 @@ def report() -> str:
         ]
         for source in SOURCES:
             lines += answers[source, capability]
+    lines += ["", *cuda_code_report.table(json.loads(cuda_code_report.RECORD.read_text()))]
     return "\n".join(lines) + "\n"
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+USUAL_CUDA = "/usr/local/cuda"
 DEFAULT_CUDA_ARCHS = "80;86;89;90a;100a;120a;compute_80;compute_120"
 
 
@@ -110,12 +111,12 @@ def find_cuda() -> Path:
     nvcc = shutil.which("nvcc")
     if nvcc:
         candidates.append(str(Path(nvcc).resolve().parents[1]))
-    candidates.append("/usr/local/cuda")
+    candidates.append(USUAL_CUDA)
     for folder in (Path(c) for c in candidates if c):
         if (folder / "bin/nvcc").exists() and (folder / "include/cuda_runtime.h").exists():
             return folder
     raise BuildFailure(
-        "no CUDA toolkit: no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda",
+        f"no CUDA toolkit: no nvcc on PATH, in CUDA_HOME or in {USUAL_CUDA}",
         f"install CUDA 12.8 or later, or point CUDA_HOME at it, {REINSTALL}",
     )
 

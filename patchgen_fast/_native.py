@@ -129,6 +129,8 @@ def unavailable_reason(backend: str) -> str | None:
         return f"the native operators are {state}"
     if backend == "cuda" and not has_cuda():
         return f"the native operators were built without CUDA: {build_failure('cuda').reason}"
+    if backend == "cuda" and not finds_stream():
+        return "this torch has no CUDA, so no stream to launch on"
     return None
 
 
@@ -173,6 +175,17 @@ def cuda_kernels(device: int) -> list[dict[str, Any]]:
     function.argtypes, function.restype = [ctypes.c_int], ctypes.c_char_p
     found: list[dict[str, Any]] = json.loads(function(device).decode())
     return found
+
+
+def finds_stream() -> bool:
+    """Whether the loaded CUDA part finds the function of torch's that gives the current stream:
+    a torch built for CUDA has it, with or without a GPU.
+    """
+    if not (load().loaded and has_cuda()):
+        return False
+    function = library().patchgen_fast_cuda_finds_stream
+    function.argtypes, function.restype = [], ctypes.c_bool
+    return bool(function())
 
 
 def has_cuda() -> bool:

@@ -53,7 +53,8 @@ def native() -> dict[str, Any]:
     facts = _native.Status(True) if _native.info_module() else _native.build_failure("info")
     return {
         "operators": _as_dict(operators),
-        "cuda_kernels": _as_dict(cuda) | {"archs": record.get("cuda_archs", [])},
+        "cuda_kernels": _as_dict(cuda)
+        | {"archs": record.get("cuda_archs", []), "stream": _native.finds_stream()},
         "native_module": _as_dict(facts),
         "build": {
             key: record[key]
@@ -207,6 +208,8 @@ def _native_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         archs = f" for {', '.join(state['archs'])}" if state.get("archs") else ""
         if state["loaded"]:
             rows.append((label, f"{'compiled in' if key == 'cuda_kernels' else 'loaded'}{archs}"))
+            if not state.get("stream", True):
+                rows.append(("", "they rest: this torch has no CUDA, so no stream to launch on"))
         elif state["reason"] in reasons:
             rows.append((label, "not there, for the same reason"))
         else:

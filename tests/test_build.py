@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from patchgen_fast import _native
 
@@ -281,6 +282,62 @@ def toolkit(tmp_path):
     (tmp_path / "bin").mkdir()
     script(tmp_path / "bin/nvcc", "echo compute_80; echo compute_90\n")
     return tmp_path
+
+
+# A compiler of empty files, so that a whole build takes seconds.
+EMPTY_OBJECTS = """
+for argument in "$@"; do
+  case "$previous" in -o) out=$argument;; -MF) dependencies=$argument;; esac
+  previous=$argument
+done
+case " $* " in
+  *" -c "*) exec c++ -fPIC -x c++ -c /dev/null -o "$out" ${dependencies:+-MMD -MF "$dependencies"};;
+esac
+exec c++ "$@"
+"""
+# On a torch with CUDA, and a machine without a CUDA toolkit.
+SETUP_WITHOUT_NVCC = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT / "csrc")!r})
+import toolchain, torch
+torch.version.cuda = torch.version.cuda or "13.0"
+toolchain.USUAL_CUDA = "/nonexistent/cuda"
+sys.argv[0] = "setup.py"
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@needs_compiler
+def test_without_nvcc_the_cpu_part_is_built_and_info_says_so(tmp_path):
+    path = [p for p in os.environ["PATH"].split(os.pathsep) if not Path(p, "nvcc").exists()]
+    kept = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
+    environment = {
+        **kept,
+        "PATH": os.pathsep.join(path),
+        "CXX": script(tmp_path / "empty-c++", EMPTY_OBJECTS),
+        "CXXFLAGS": "",
+        "PATCHGEN_FAST_BUILD": "auto",
+    }
+    command = [sys.executable, "-c", SETUP_WITHOUT_NVCC, "--quiet", "build", "--build-base"]
+    command += [str(tmp_path), "--build-lib", str(tmp_path / "lib")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "lib/patchgen_fast/build_record.json").read_text())
+    assert record["operators"] is True and record["cuda"] is False
+    assert record["failures"]["cuda"]["reason"].startswith("no CUDA toolkit: no nvcc on PATH")
+    assert (tmp_path / "lib/patchgen_fast/_kernels.so").exists()
+
+    shown = run_python(tmp_path, "from patchgen_fast.cli import main; main(['info'])").stdout
+    assert re.search(r"CUDA kernels +not there: no CUDA toolkit: no nvcc on PATH", shown), shown
+    assert "remedy: install CUDA 12.8 or later, or point CUDA_HOME at it" in shown
+
+
+@needs_library
+def test_the_stream_is_found_where_torch_has_cuda():
+    if not _native.has_cuda():
+        pytest.skip("built without the CUDA part")
+    assert _native.finds_stream() == (torch.version.cuda is not None)
+    assert (_native.unavailable_reason("cuda") is None) == (torch.version.cuda is not None)
 
 
 def test_gpu_architectures_beyond_the_compiler_are_left_out(toolkit, monkeypatch):

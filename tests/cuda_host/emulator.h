@@ -36,9 +36,17 @@ constexpr int WARPGROUP = 128;
 // When an asynchronous copy lands: at once, or only when somebody waits for it.
 enum class Timing { EARLY, LATE };
 
-// What a thread waits at. A test can leave out one of them, to show that it would be missed.
-enum class Sync : int { NONE, BLOCK_BARRIER, WARP_BARRIER, COPY_WAIT, MEMORY_BARRIER };
-constexpr int SYNC_KINDS = 5;
+// What a test can leave out, to show that it would be missed: what a thread waits at, and a step
+// to the next operand of a warpgroup's product, which then takes the last one again.
+enum class Sync : int {
+  NONE,
+  BLOCK_BARRIER,
+  WARP_BARRIER,
+  COPY_WAIT,
+  MEMORY_BARRIER,
+  DESCRIPTOR_STEP
+};
+constexpr int SYNC_KINDS = 6;
 
 struct Options {
   Timing copies = Timing::LATE;
@@ -79,6 +87,7 @@ struct Lane {
   void* operand = nullptr;  // what this lane brings to the instruction it waits at
   std::vector<std::vector<PendingCopy>> copy_groups;    // the last one is still open
   std::vector<std::vector<WarpgroupProduct>> products;  // likewise
+  uint64_t descriptor = 0;                              // of the operand of the last product
   int passed[SYNC_KINDS] = {};
 };
 
@@ -120,6 +129,7 @@ class Block {
       lane.state = State::READY;
       lane.copy_groups.assign(1, {});
       lane.products.assign(1, {});
+      lane.descriptor = 0;
       std::fill_n(lane.passed, SYNC_KINDS, 0);
       lane.fiber.start(&Block::enter);
     }

@@ -170,7 +170,10 @@ inline void wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int columns, boo
                   bool bf16, bool add) {
   // Until it is waited for, a fresh result is not there.
   if (!add) std::fill_n(d, columns / 2, NAN);
-  emulator::current_block()->lane().products.back().push_back(
+  emulator::Block& block = *emulator::current_block();
+  if (block.leaves_out(emulator::Sync::DESCRIPTOR_STEP)) b = block.lane().descriptor;
+  block.lane().descriptor = b;
+  block.lane().products.back().push_back(
       {d, {a[0], a[1], a[2], a[3]}, b, columns, transposed, bf16, add});
 }
 inline void wgmma_16_bfloat16(float* d, const uint32_t (&a)[4], uint64_t b, bool add) {

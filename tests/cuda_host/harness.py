@@ -24,7 +24,7 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 # What a mutation test can leave out, in the order of emulator.h.
-SYNCS = ("none", "block barrier", "warp barrier", "copy wait", "memory barrier")
+SYNCS = ("none", "block barrier", "warp barrier", "copy wait", "memory barrier", "descriptor step")
 
 DTYPES = {
     torch.bfloat16: 0,
@@ -195,7 +195,7 @@ class Options(ctypes.Structure):
 class Result(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_long) for name in ("matrices_loaded", "wavefronts", "products")],
-        ("syncs", ctypes.c_int * 5),
+        ("syncs", ctypes.c_int * len(SYNCS)),
         ("error", ctypes.c_char * 512),
     ]
 

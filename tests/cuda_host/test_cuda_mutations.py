@@ -1,6 +1,8 @@
-"""Every barrier and every wait is needed: a kernel that does without one is seen to be wrong.
+"""Every barrier, wait and descriptor is needed: a kernel that does without is seen to be wrong.
 
-This shows that the emulator would notice a missing one, so that the other tests mean something.
+This shows that the emulator would notice a missing one, so that the other tests mean something. One
+is beyond it: blocks run one after another here, so the barrier before the decode kernel takes its
+ticket, which orders what other blocks see, is not missed.
 """
 
 from __future__ import annotations
@@ -98,6 +100,84 @@ def test_forward_sm90(library, left_out, index):
     assert seen_to_be_wrong(host, forward_sm90)
 
 
-@pytest.mark.parametrize("run", [forward, backward, forward_sm90])
+@pytest.mark.parametrize("index", [0, 1, 4, 12, 20, 27])  # of scores, then of the sum
+def test_descriptors_sm90(library, index):
+    host = Host(library, left_out="descriptor step", left_out_index=index)
+    assert seen_to_be_wrong(host, forward_sm90)
+
+
+def decode(host: Host):
+    torch.manual_seed(0)
+    query = torch.randn(1, 2, 3, 64).bfloat16()  # both heads share a tile
+    key, value = (torch.randn(1, 1, 700, 64).bfloat16() for _ in range(2))
+    host.multiprocessors = 132  # several splits
+    return host.attention(query, key, value, scale=0.125, function="host_attention_decode")
+
+
+@pytest.mark.parametrize(
+    "left_out, index",
+    [
+        ("copy wait", 0),  # queries
+        ("block barrier", 0),
+        ("copy wait", 1),  # a tile of keys and values
+        ("warp barrier", 0),
+        ("block barrier", 1),  # the stages are read out
+        ("block barrier", 2),  # the warps' parts are written
+        ("block barrier", 4),  # the ticket
+    ],
+)
+def test_decode(library, left_out, index):
+    host = Host(library, left_out=left_out, left_out_index=index)
+    assert seen_to_be_wrong(host, decode)
+
+
+def embed(host: Host):
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 48, 48)
+    return (host.patch_embed(images, torch.randn(72, 3, 16, 16).bfloat16()),)
+
+
+@pytest.mark.parametrize(
+    "left_out, index",
+    [
+        ("block barrier", 0),  # the table of pixels
+        ("copy wait", 0),  # the first stage of weights
+        ("copy wait", 11),  # the last
+        ("block barrier", 1),  # a stage
+        ("block barrier", 13),  # the result takes the stages' place
+        ("warp barrier", 0),  # the result, staged
+    ],
+)
+def test_patch_embed(library, left_out, index):
+    host = Host(library, left_out=left_out, left_out_index=index)
+    assert seen_to_be_wrong(host, embed)
+
+
+def weight_gradient(host: Host):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (40, 3, 48, 48), dtype=torch.uint8)
+    weight, grad_out = torch.randn(24, 3, 16, 16).bfloat16(), torch.randn(40, 9, 24).bfloat16()
+    return host.patch_embed_backward(grad_out, images, weight, images_grad=False)[1:]
+
+
+def images_gradient(host: Host):
+    torch.manual_seed(0)
+    images, weight = torch.randn(4, 3, 48, 48), torch.randn(72, 3, 16, 16).bfloat16()
+    grad_out = torch.randn(4, 9, 72).bfloat16()
+    return host.patch_embed_backward(grad_out, images, weight)[:1]
+
+
+@pytest.mark.parametrize("run", [weight_gradient, images_gradient])
+@pytest.mark.parametrize("left_out", ["copy wait", "block barrier"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_patch_embed_backward(library, run, left_out, index):
+    host = Host(library, left_out=left_out, left_out_index=index)
+    assert seen_to_be_wrong(host, run)
+
+
+RUNS = [forward, backward, forward_sm90, decode, embed, weight_gradient, images_gradient]
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_the_whole_kernel_gives_one_result(library, run):
     assert not seen_to_be_wrong(Host(library), run)

@@ -27,7 +27,7 @@ def report() -> str:
 
 @pytest.mark.parametrize("source", ["short n197", "stream d72", "backward short n197"])
 def test_kernels(report: str, source: str) -> None:
-    section = report.partition("## Kernels, sm_90")[2].partition("## Kernels")[0]
+    section = report.partition("## Triton kernels, sm_90")[2].partition("## ")[0]
     for row in gpu_code_report.kernel_rows((source, 90)):
         assert row in section, f"not in the report: {row}; {REMEDY}"
     assert section.count(f"| {source} |") == len(recorded(source, 90)), REMEDY
