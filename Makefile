@@ -14,7 +14,7 @@ CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 empty :=
 BUILT := $(VENV)/.built-$(PATCHGEN_FAST_BUILD)$(subst ;,_,$(subst $(empty) ,_,$(PATCHGEN_FAST_CUDA_ARCHS)))
 
-.PHONY: help test test-triton bench demo sweep readme build environment lint format wheel install-check sanitize gpu-code-report gpu clean
+.PHONY: help test test-triton bench demo sweep readme build environment lint format wheel install-check load-check sanitize cuda-part gpu-code-report gpu clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -107,6 +107,13 @@ wheel: environment ## dist/*.whl
 install-check: environment ## the wheel in dist, installed elsewhere and used
 	.ci/install-check $(VENV)
 
+cuda-part: environment ## the native part with code for every GPU, in build/cuda; needs nvcc, takes long
+	PATCHGEN_FAST_BUILD=cuda $(BIN)/python setup.py --quiet build --build-base build/cuda
+
+TORCH ?= 2.14.1
+load-check: cuda-part ## that part beside a CUDA build of TORCH=2.14.1 (5 GB, installed apart): loads, CPU ops pass
+	JOBS=$(JOBS) .ci/load-check $(PYTHON) $(TORCH) build/cuda/lib.*
+
 # The native part with the address and undefined-behaviour sanitizers, in a folder of its own, and the
 # tests of the CPU kernels with it.
 SANITIZERS := address,undefined
@@ -121,10 +128,8 @@ sanitize: environment ## the CPU kernels' tests under the sanitizers (g++; some 
 	    PYTHONPATH=$$(echo $$PWD/lib*) $(abspath $(BIN))/python -m pytest -k "$(or $(K),cpu)" -n $(JOBS) \
 	    -p no:cacheprovider $(abspath $(SANITIZE_TESTS))
 
-gpu-code-report: environment ## what the GPU compilers make of the kernels; needs nvcc, no GPU
-	@command -v nvcc > /dev/null || { echo "no nvcc on PATH: install the CUDA toolkit, 13.0 or later"; exit 1; }
-	PATCHGEN_FAST_BUILD=cuda $(BIN)/python setup.py --quiet build --build-base build/cuda
-	$(BIN)/python benchmarks/cuda_code_report.py build/cuda/lib*/patchgen_fast/_kernels.so
+gpu-code-report: cuda-part ## what the GPU compilers make of the kernels; needs nvcc, no GPU
+	$(BIN)/python benchmarks/cuda_code_report.py build/cuda/lib.*/patchgen_fast/_kernels.so
 	$(BIN)/python benchmarks/gpu_code_report.py
 
 gpu: environment ## build, check, measure and profile on the GPU at hand, in ten minutes

@@ -39,6 +39,7 @@ from toolchain import (  # noqa: E402
     ObjectCompiler,
     assert_no_weak_symbols,
     compiler_accepts,
+    compression_flags,
     cuda_arch_flags,
     extra_flags,
     find_cuda,
@@ -214,7 +215,8 @@ class BuildNative(build_ext):
             defines += ["-DUSE_CUDA", "-DPATCHGEN_FAST_HAVE_CUDA=1"]
             include_dirs.append(str(cuda / "include"))
             threads = max(1, (os.cpu_count() or 1) // max(1, len(cuda_files)))
-            nvcc_flags = ["-std=c++20", "-O3", "-lineinfo", f"--threads={threads}", *gencode]
+            nvcc_flags = ["-std=c++20", "-O3", f"--threads={threads}", *gencode]
+            nvcc_flags += compression_flags(cuda)
             for flag in ("-fvisibility=hidden", *relative):
                 nvcc_flags += ["-Xcompiler", flag]
             nvcc_flags += [*defines, *system]

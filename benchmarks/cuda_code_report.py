@@ -151,7 +151,8 @@ def table(record: dict[str, Any]) -> list[str]:
         "",
         f"By {record['compiler']}, from the machine code that is shipped. Registers a thread x "
         "blocks a multiprocessor; threads and KiB of shared memory a block, at the largest size "
-        "that the instance serves (0 blocks: more than that chip has; smaller sizes fit). "
+        "that the instance serves (0 blocks: more than that chip has; smaller sizes fit); + bytes "
+        "of stack a thread, where registers do not suffice. "
         f"{len(record['rows'])} kernels and architectures, {spilled} with spills. fp16 instances "
         f"take the same but for at most {apart} registers.",
         "",
@@ -162,7 +163,10 @@ def table(record: dict[str, Any]) -> list[str]:
         of_arch = [rows.get((kernel, arch)) for arch in ARCHS]
         any_row = next(row for row in of_arch if row)
         cells = [
-            f"{row['registers']} x {row['blocks_per_multiprocessor']}" if row else ""
+            f"{row['registers']} x {row['blocks_per_multiprocessor']}"
+            + (f" + {row['spill_bytes']}" if row["spill_bytes"] else "")
+            if row
+            else ""
             for row in of_arch
         ]
         lines.append(
@@ -170,6 +174,15 @@ def table(record: dict[str, Any]) -> list[str]:
             f"| {' | '.join(cells)} |"
         )
     return lines
+
+
+def write(record: dict[str, Any]) -> None:
+    """A row a line, so that a change is a changed line."""
+    head = json.dumps({key: value for key, value in record.items() if key != "rows"}, indent=1)
+    rows = ",\n".join(json.dumps(row) for row in record["rows"])
+    part = RECORD.with_suffix(".part")
+    part.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n')
+    part.replace(RECORD)
 
 
 def main() -> None:
@@ -181,15 +194,7 @@ def main() -> None:
     rows = rows_of(arguments.library)
     if missing := set(ARCHS) - {row.arch for row in rows}:
         raise SystemExit(f"no code for sm_{', sm_'.join(sorted(missing))} in it; {BUILD}")
-    record = {
-        "compiler": compiler(),
-        "sources": digest(),
-        "library_bytes": arguments.library.stat().st_size,
-        "rows": [asdict(row) for row in rows],
-    }
-    part = RECORD.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(RECORD)
+    write({"compiler": compiler(), "sources": digest(), "rows": [asdict(row) for row in rows]})
     spills = [row for row in rows if row.spill_bytes]
     print(f"{len(rows)} kernels and architectures, {len(spills)} with spills: {RECORD}")
     for row in spills:

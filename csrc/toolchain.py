@@ -147,6 +147,15 @@ def cuda_arch_flags(cuda: Path) -> tuple[list[str], list[str]]:
     return archs, flags
 
 
+def compression_flags(cuda: Path) -> list[str]:
+    """Machine code of many architectures, compressed fivefold as all drivers of CUDA 13 read it;
+    an older nvcc's code may meet a driver that cannot.
+    """
+    text = run_quietly([str(cuda / "bin/nvcc"), "--version"]).stdout
+    release = re.search(r"release (\d+)\.", text)
+    return ["-compress-mode=size"] if release and int(release[1]) >= 13 else []
+
+
 def compiler_accepts(cxx: list[str], flags: list[str]) -> bool:
     probe = [*cxx, *flags, "-x", "c++", "-c", os.devnull, "-o", os.devnull]
     return run_quietly(probe).returncode == 0

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from patchgen_fast import dispatch
 from patchgen_fast.registry import OPS
+from patchgen_fast.triton import interpreting
 
 # What a backend may refuse without the suite being red, since DESIGN says so: all else runs.
 DOCUMENTED_LIMITS = {"unavailable", "float64", "dropout", "device"}
@@ -399,8 +400,10 @@ def explicit_gradients(
 
 
 def explicit_pairs(op: str) -> list[tuple[str, str]]:
-    """Forward and explicit backward of every two backends that have them here."""
-    backends = [b for b in OPS[op].backends.values() if b.name not in OPS[op].compositions]
+    """Forward and explicit backward of every two backends that have them here, on the CPU."""
+    elsewhere = {"cuda"} if interpreting() else {"cuda", "triton"}
+    left_out = elsewhere | set(OPS[op].compositions)
+    backends = [b for b in OPS[op].backends.values() if b.name not in left_out]
     forwards = ["reference", *[b.name for b in backends if b.unavailable is None]]
     backwards = ["reference", *[b.name for b in backends if b.has_backward]]
     return [(f, b) for f in forwards for b in backwards]

@@ -284,6 +284,13 @@ def toolkit(tmp_path):
     return tmp_path
 
 
+def test_machine_code_is_compressed_where_every_driver_can_read_it(tmp_path):
+    (tmp_path / "bin").mkdir()
+    for release, flags in (("12.8, V12.8.93", []), ("13.0, V13.0.88", ["-compress-mode=size"])):
+        script(tmp_path / "bin/nvcc", f"echo Cuda compilation tools, release {release}\n")
+        assert toolchain.compression_flags(tmp_path) == flags
+
+
 # A compiler of empty files, so that a whole build takes seconds.
 EMPTY_OBJECTS = """
 for argument in "$@"; do

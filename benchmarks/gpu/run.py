@@ -100,7 +100,8 @@ def steps(out: Path) -> list[Step]:
             least=120,
             rehearsal=(PYTHON, "-m", "patchgen_fast", "info"),
             needs="nvcc",
-            environment={"PATCHGEN_FAST_BUILD": "cuda"},
+            # With lines, so that the sanitizers and the profiler name them.
+            environment={"PATCHGEN_FAST_BUILD": "cuda", "NVCC_APPEND_FLAGS": "-lineinfo"},
         ),
         Step("kernels right", (*pytest, tests), 180, rehearsal=(*pytest, tests)),
         Step(
