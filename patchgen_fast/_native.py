@@ -181,7 +181,7 @@ def finds_stream() -> bool:
     """Whether the loaded CUDA part finds the function of torch's that gives the current stream:
     a torch built for CUDA has it, with or without a GPU.
     """
-    if not (load().loaded and has_cuda()):
+    if not (status().loaded and has_cuda()):
         return False
     function = library().patchgen_fast_cuda_finds_stream
     function.argtypes, function.restype = [], ctypes.c_bool
