@@ -26,12 +26,16 @@ class FakeClock:
     def __init__(self) -> None:
         self.now = 0
         self.worked = 0
+        self.taken = 0
 
     def wall(self) -> int:
         return self.now
 
     def cpu(self) -> int:
         return self.worked
+
+    def preemptions(self) -> int:
+        return self.taken
 
     def spend(self, nanoseconds: float, waiting: float = 0.0) -> None:
         """Let time pass: on the processor, and waiting for it."""

@@ -4,14 +4,15 @@ Machines in CI differ from run to run, and the ratio "peer's time / ours" in one
 less. A case has become slower only if, against every peer that both runs timed,
 
 - the median ratio fell by more than `relative`, and by more than `absolute`, and
-- it fell by more than `scatters` times the scatter of single rounds in both runs together, and
+- it fell by more than the scatter of single rounds, times `scatters`, and
 - a Mann-Whitney test on the paired ratios of all rounds agrees (p < `significance`).
 
 A slower kernel of ours shows against every peer; a peer that had a bad run shows against itself
 alone. The test takes rounds of a run for independent, which they are not where other work takes
-turns with ours: a run as a whole then lies off by about as much as its rounds scatter, hence the
-third condition. A case whose scatter hides more than `blind` says so. Absolute times are compared
-as well, and only warn.
+turns with ours: hence the condition on scatter. A case of several threads that was disturbed in
+either run has no verdict, and says so: a thread that waits for one whose core was taken waits in
+eager and in ours for other lengths, whatever their kernels. Absolute times are compared as well,
+and only warn.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Gate:
 
     relative: float = 0.08
     absolute: float = 0.05  # of the speed-up: 1.30 to 1.26 is no news
-    scatters: float = 2.0
+    scatters: float = 1.0
     significance: float = 0.01
     time_warning: float = 0.15  # absolute times that changed by more than this are mentioned
     blind: float = 0.15  # scatter that hides larger changes than this is mentioned
@@ -45,7 +46,7 @@ class Change:
 
     id: str
     label: str
-    verdict: str  # "same", "slower", "faster", "parity", "lost", "new", "no number"
+    verdict: str  # "same", "slower", "faster", "disturbed", "parity", "lost", "new", "no number"
     against: str = ""  # the peer that decided
     old_ratio: float | None = None
     new_ratio: float | None = None
@@ -127,6 +128,8 @@ def _judge(old: CaseResult | None, new: CaseResult, gate: Gate) -> Change:
     change.against, change.p_value = least.peer, least.p_value
     change.old_ratio, change.new_ratio = least.old_ratio, least.new_ratio
     change.verdict = least.verdict if len(names) == 1 else "same"
+    if new.device == "cpu" and new.threads > 1 and not (old.undisturbed and new.undisturbed):
+        change.verdict = "disturbed"
     hidden = min(one.hidden for one in verdicts)
     if hidden > gate.blind:
         change.notes.append(f"scatter hides changes under {hidden:.0%}")
@@ -225,7 +228,8 @@ HEADINGS = (
 
 def rows(comparison: Comparison) -> list[list[str]]:
     """Changes first, then what stayed."""
-    order = {"parity": 0, "lost": 1, "slower": 2, "faster": 3, "new": 4, "no number": 5, "same": 6}
+    verdicts = ("parity", "lost", "slower", "faster", "disturbed", "new", "no number", "same")
+    order = {verdict: place for place, verdict in enumerate(verdicts)}
     out = []
     for change in sorted(comparison.changes, key=lambda c: (order[c.verdict], c.id)):
         out.append(
@@ -249,7 +253,7 @@ def summary(comparison: Comparison) -> str:
     """One sentence."""
     counts = {
         verdict: sum(change.verdict == verdict for change in comparison.changes)
-        for verdict in ("parity", "lost", "slower", "faster", "same")
+        for verdict in ("parity", "lost", "slower", "faster", "same", "disturbed")
     }
     words = {
         "parity": "with a red parity check",
@@ -257,6 +261,7 @@ def summary(comparison: Comparison) -> str:
         "slower": "slower",
         "faster": "faster",
         "same": "unchanged",
+        "disturbed": "too disturbed to judge",
     }
     said = [f"{count} {words[name]}" for name, count in counts.items() if count]
     return f"{len(comparison.changes)} cases: {', '.join(said) or 'none comparable'}."

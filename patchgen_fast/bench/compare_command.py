@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--scatters",
-    default=2.0,
+    default=1.0,
     show_default=True,
     metavar="TIMES",
     help="And by more than this many times the scatter of single rounds.",

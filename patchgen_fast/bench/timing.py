@@ -3,29 +3,37 @@
 One round times every contender once. Rounds, not contenders, are repeated, so that a change of
 clock frequency or a noisy neighbour falls on all contenders alike, and the ratio within a round
 survives it. A short sentinel loop of known work runs before and after each round; a round whose
-sentinel was slow, or in which a sample waited for the processor, is discarded as a whole. On a
-machine that is never quiet, all rounds are kept and marked as disturbed, and a thread's samples
-count by the time that it worked, without that for which it waited.
+sentinel was slow, or in which a sample waited for the processor, is discarded as a whole; several
+threads wait for one another rightly, so theirs are discarded where other work took a core from
+them. On a machine that is never quiet, the quietest quarter of the rounds is kept and marked as
+disturbed, and a thread's samples count by the time that it worked, without that for which it
+waited. All rounds would not do: what shares vector units and caches slows eager more than ours.
 
 Nothing here imports torch. The clock and the sentinel are arguments, so the tests drive them.
 """
 
 from __future__ import annotations
 
+import math
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 
 class Clock(Protocol):
-    """Nanosecond clocks: elapsed time, and processor time of the whole process."""
+    """Nanosecond clocks: elapsed time, and processor time of the whole process; and how often other
+    work has taken a core from it.
+    """
 
     def wall(self) -> int: ...
 
     def cpu(self) -> int: ...
+
+    def preemptions(self) -> int: ...
 
 
 class SystemClock:
@@ -33,6 +41,10 @@ class SystemClock:
 
     wall = staticmethod(time.perf_counter_ns)
     cpu = staticmethod(time.process_time_ns)
+
+    @staticmethod
+    def preemptions() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 @dataclass(frozen=True)
@@ -47,18 +59,13 @@ class Plan:
     overrun: float = 3.0  # no more replacements for disturbed rounds after this many budgets
     sentinel_slack: float = 1.08  # a sentinel this much above its quiet time marks a disturbance
     waiting_slack: float = 0.03  # share of a sample not spent on the processor, one thread only
+    preemptions: float = 50.0  # a second, beyond one a sample, several threads only
+    quietest: float = 0.25  # share of the rounds that is kept of a machine that is never quiet
 
     def scaled(self, factor: float) -> Plan:
         """The same plan with another time budget."""
-        return Plan(
-            budget_s=self.budget_s * factor,
-            min_rounds=self.min_rounds,
-            max_rounds=self.max_rounds,
-            warmup_s=self.warmup_s * min(factor, 1.0),
-            sample_s=self.sample_s,
-            overrun=self.overrun,
-            sentinel_slack=self.sentinel_slack,
-            waiting_slack=self.waiting_slack,
+        return replace(
+            self, budget_s=self.budget_s * factor, warmup_s=self.warmup_s * min(factor, 1.0)
         )
 
 
@@ -137,16 +144,15 @@ def measure(
     started = clock.wall()
     for order in balanced_orders(list(contenders)):
         before = _sensed(sentinel, clock) if sentinel else 0.0
-        elapsed_s, worked_s, waited = _round(order, contenders, repeats, plan, clock)
+        measured = _round(order, contenders, repeats, clock)
         after = _sensed(sentinel, clock) if sentinel else 0.0
         quiet.add(before)
         quiet.add(after)
-        waited = waited if single_thread else 0.0
-        rounds.append(Round(elapsed_s, worked_s, waited, max(before, after)))
+        rounds.append(measured._replace(sentinel=max(before, after)))
         good = [
             one
             for one in rounds
-            if one.waited <= plan.waiting_slack
+            if not one.interrupted(plan, single_thread)
             and not quiet.exceeded(one.sentinel, plan.sentinel_slack)
         ]
         bad = len(rounds) - len(good)
@@ -157,10 +163,9 @@ def measure(
         tired = len(good) + bad >= plan.min_rounds and elapsed >= plan.budget_s * plan.overrun
         if enough or tired or len(good) >= plan.max_rounds:
             break
-    samples.discarded = len(rounds) - len(good)
     if len(good) < plan.min_rounds:
-        # The machine was never quiet for long enough: keep everything, and let the result say so.
-        good, samples.undisturbed = rounds, False
+        good, samples.undisturbed = _quietest(rounds, plan, single_thread), False
+    samples.discarded = len(rounds) - len(good)
     for one in good:
         samples.sentinel_s.append(one.sentinel)
         by_work = single_thread and not samples.undisturbed
@@ -175,7 +180,24 @@ class Round(NamedTuple):
     elapsed: dict[str, float]
     worked: dict[str, float]
     waited: float  # the largest share of a sample spent off the processor
-    sentinel: float  # seconds of the slower of the two around it
+    preempted: float  # the most times a second that a core was taken away, beyond once a sample
+    sentinel: float = 0.0  # seconds of the slower of the two around it
+
+    def interrupted(self, plan: Plan, single_thread: bool) -> bool:
+        """Whether other work got in between."""
+        if single_thread:
+            return self.waited > plan.waiting_slack
+        return self.preempted > plan.preemptions
+
+
+def _quietest(rounds: Sequence[Round], plan: Plan, single_thread: bool) -> list[Round]:
+    """The rounds in which all contenders together were fastest, each against its own best."""
+    times = [one.worked if single_thread else one.elapsed for one in rounds]
+    best = {name: min(one[name] for one in times) or 1.0 for name in times[0]}
+    slowness = [sum(seconds / best[name] for name, seconds in one.items()) for one in times]
+    count = max(plan.min_rounds, math.ceil(plan.quietest * len(rounds)))
+    kept = sorted(sorted(range(len(rounds)), key=lambda i: slowness[i])[:count])
+    return [rounds[i] for i in kept]
 
 
 class _QuietTime:
@@ -225,21 +247,23 @@ def _round(
     order: Sequence[str],
     contenders: Mapping[str, Callable[[], object]],
     repeats: Mapping[str, int],
-    plan: Plan,
     clock: Clock,
-) -> tuple[dict[str, float], dict[str, float], float]:
-    """`elapsed`, `worked` and `waited` of a Round."""
+) -> Round:
+    """A sample of each contender in this order."""
     elapsed: dict[str, float] = {}
     worked: dict[str, float] = {}
-    waited = 0.0
+    waited = preempted = 0.0
     for name in order:
         call, count = contenders[name], repeats[name]
         if count > 1:
             call()  # evict the previous contender's data; a longer call evicts it for itself
-        cpu, start = clock.cpu(), clock.wall()
+        taken, cpu, start = clock.preemptions(), clock.cpu(), clock.wall()
         for _ in range(count):
             call()
         wall, work = clock.wall() - start, clock.cpu() - cpu
-        waited = max(waited, 1.0 - work / wall if wall > 0 else 0.0)
+        taken = clock.preemptions() - taken
+        if wall > 0:
+            waited = max(waited, 1.0 - work / wall)
+            preempted = max(preempted, (taken - 1) / (wall * 1e-9))
         elapsed[name], worked[name] = wall * 1e-9 / count, work * 1e-9 / count
-    return elapsed, worked, waited
+    return Round(elapsed, worked, waited, preempted)
