@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -94,11 +95,12 @@ def counted(call: str, implementation: Callable) -> Callable:
 def lazily(target: str) -> Callable:
     """The function named by ``"module:function"``, imported when it is first called."""
 
-    def run(*args: Any) -> Any:
+    @cache
+    def function() -> Callable:
         module, _, name = target.partition(":")
-        return getattr(import_module(module), name)(*args)
+        return getattr(import_module(module), name)
 
-    return run
+    return lambda *args: function()(*args)
 
 
 @dataclass

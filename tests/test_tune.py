@@ -10,10 +10,12 @@ from click.testing import CliRunner
 
 pytest.importorskip("triton")
 
+from patchgen_fast import dispatch
 from patchgen_fast import triton as ours
 from patchgen_fast.cli import main
-from patchgen_fast.triton import configs, tune
-from patchgen_fast.triton.attention import StreamConfig
+from patchgen_fast.ops.attention import OP, AttentionArguments
+from patchgen_fast.triton import configs, thresholds, tune, tuned
+from patchgen_fast.triton.attention_configs import StreamConfig
 from patchgen_fast.triton.configs import HALF, Question, Row, Table
 
 SHIPPED = StreamConfig(64, 64, 4, 2)
@@ -25,12 +27,19 @@ def tuned_file(tmp_path, monkeypatch):
     """The tuned file of these tests, read anew by each."""
     monkeypatch.setenv("PATCHGEN_FAST_TUNED", str(tmp_path / "deep" / "tuned.json"))
     yield tmp_path / "deep" / "tuned.json"
-    configs._tuned.cache_clear()
+    forget()
+
+
+def forget():
+    """As in a process that starts now."""
+    tuned.document.cache_clear()
+    tuned.distrust.cache_clear()
+    thresholds.forget()
 
 
 def table():
     """A table as a process that starts now would have it."""
-    configs._tuned.cache_clear()
+    forget()
     return Table("attention", Row(SHIPPED, "the row"))
 
 
@@ -101,6 +110,13 @@ def test_searches_add_up_in_the_file(tuned_file):
     assert set(json.loads(tuned_file.read_text())["configs"]) == {other.key}
 
 
+def test_a_search_is_not_misled_by_what_an_earlier_one_wrote():
+    best = StreamConfig(128, 64, 8, 3)
+    tune._keep(search(table(), lambda config: 50.0 if config == best else 100.0))
+    again = search(table(), lambda config: {SHIPPED: 10.0, best: 20.0}.get(config, 90.0))
+    assert (again.before, again.config) == (10.0, None)
+
+
 @pytest.mark.parametrize("fact", ["gpu", "torch", "triton", "patchgen_fast"])
 def test_a_file_made_elsewhere_is_not_believed(tuned_file, fact):
     tune._keep(search(table(), lambda config: 100.0 if config == SHIPPED else 50.0))
@@ -110,10 +126,166 @@ def test_a_file_made_elsewhere_is_not_believed(tuned_file, fact):
     assert table().choose(*QUESTION) == SHIPPED
 
 
-def test_a_broken_file_is_not_believed(tuned_file):
+BROKEN = {
+    "cut short": '{"environment": ',
+    "no object": "[1, 2]",
+    "a field of another kind": '{"configs": [], "dispatch": []}',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_not_believed_and_is_told_once(tuned_file, name):
     tuned_file.parent.mkdir()
-    tuned_file.write_text('{"environment": ')
-    assert table().choose(*QUESTION) == SHIPPED
+    tuned_file.write_text(BROKEN[name])
+    tables = table()
+    with pytest.warns(RuntimeWarning, match="patchgen-fast tune` again, or delete") as told:
+        assert tables.choose(*QUESTION) == SHIPPED
+        assert tables.choose(*QUESTION._replace(n=512)) == SHIPPED
+        assert thresholds.rules() == ()
+    assert len(told) == 1 and str(tuned_file) in str(told[0].message)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"block_m": 64}, {"block_m": "64", "block_n": 64, "warps": 4, "stages": 2}, 7],
+    ids=["fields missing", "a string", "no object"],
+)
+def test_a_broken_configuration_is_not_believed(tuned_file, entry):
+    tables = table()
+    tuned.write(configs={tables.key(QUESTION): entry})
+    with pytest.warns(RuntimeWarning, match=r"which has block_m \(int\)"):
+        assert tables.choose(*QUESTION) == SHIPPED
+
+
+def test_no_file_is_nothing_to_tell(tuned_file, recwarn):
+    assert table().choose(*QUESTION) == SHIPPED and thresholds.rules() == ()
+    assert not recwarn.list
+
+
+# Which backend goes first ------------------------------------------------------------------------
+
+RULES = [[64, 197, False, "triton"], [64, 577, False, "torch"], [64, 1024, False, "cuda"]]
+
+
+def call(tokens=197, d=64, **changes):
+    """The arguments of a plain call, as on a GPU."""
+    query, key, value = torch.zeros(3, 2, 3, tokens, d, dtype=torch.bfloat16).unbind(0)
+    args = AttentionArguments(query, key, value, None, None, None, False, 1.0, 0.0, False)
+    return args._replace(**changes)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(thresholds, "_on_gpu", lambda args: True)
+
+
+def test_a_gpu_that_nobody_measured_has_torch_first(on_gpu):
+    forget()
+    assert thresholds.attention(call()) == "torch"
+
+
+def test_a_measured_gpu_has_its_rules(on_gpu, monkeypatch):
+    rules = tuple(thresholds.Rule(*rule) for rule in reversed(RULES))
+    monkeypatch.setitem(thresholds.MEASURED, tuned.environment()["gpu"], rules)
+    forget()
+    first = [thresholds.attention(call(tokens)) for tokens in (1, 197, 198, 577, 578, 1025)]
+    assert first == ["triton", "triton", "torch", "torch", "cuda", "torch"]
+
+
+def test_what_tune_found_goes_before_what_ships(on_gpu, monkeypatch, tuned_file):
+    shipped = (thresholds.Rule(64, 197, False, "cuda"),)
+    monkeypatch.setitem(thresholds.MEASURED, tuned.environment()["gpu"], shipped)
+    tuned.write(dispatch=RULES)
+    forget()
+    assert thresholds.attention(call()) == "triton"
+    document = json.loads(tuned_file.read_text())
+    document["environment"]["triton"] = "another"
+    tuned_file.write_text(json.dumps(document))
+    forget()
+    assert thresholds.attention(call()) == "cuda"
+
+
+def test_a_rule_is_for_calls_like_the_one_that_was_measured(on_gpu):
+    tuned.write(dispatch=RULES)
+    forget()
+    mask = torch.empty(1, 1, 1, 197)
+    others = [
+        call(d=72),
+        call(attn_mask=mask),
+        call(is_causal=True),
+        call(key=call(77).key, value=call(77).value),
+        call(query=call().query.requires_grad_()),
+        call(query=call().query.float()),
+    ]
+    assert {thresholds.attention(args) for args in others} == {"torch"}
+    lengths = torch.empty(2, dtype=torch.int32)
+    assert thresholds.attention(call(kv_lengths=lengths)) is None  # the usual order
+
+
+@pytest.mark.parametrize("rule", [[64, 197, False], [64, 197, False, "tritn"], "triton"])
+def test_a_broken_rule_is_not_believed(on_gpu, rule):
+    tuned.write(dispatch=[*RULES, rule])
+    forget()
+    with pytest.warns(RuntimeWarning, match="got .* for \\[D, tokens, training, backend\\]"):
+        assert thresholds.attention(call()) == "torch"
+
+
+def test_dispatch_goes_by_the_rule(on_gpu, monkeypatch):
+    """A backend that a rule names still only runs what it accepts."""
+    tuned.write(dispatch=[[64, 197, False, "reference"], [64, 400, False, "triton"]])
+    forget()
+    assert dispatch.choose(OP, call()) == "reference"
+    monkeypatch.setattr(OP.backends["triton"], "unavailable", "not here")
+    assert dispatch.choose(OP, call(300)) == "cpu"
+
+
+def test_a_compiled_graph_takes_the_rules_as_constants(on_gpu):
+    tuned.write(dispatch=RULES)
+    forget()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def which(args):
+        return args.query + {"triton": 1, "torch": 2, "cuda": 3}[thresholds.attention(args)]
+
+    args = call(197)
+    assert torch.equal(which(args), args.query + 1)
+
+
+def compared(monkeypatch, times, results=None):
+    """What tune finds where backends take `times` in microseconds; those without one refuse."""
+    ran = []
+
+    def attention(query, key, value, backend):
+        if backend not in times:
+            raise dispatch.BackendRefused("not here", backend, None)
+        ran.append(backend)
+        return query * (results or {}).get(backend, 1.0)
+
+    def clock(run):
+        run()
+        return times[ran[-1]]
+
+    monkeypatch.setattr(tune, "public_attention", attention)
+    return tune._compare(tune.Case("tiny", 1, 1, 16, 16), False, "cpu", clock)
+
+
+def test_the_fastest_backend_becomes_a_rule(monkeypatch, tuned_file):
+    choice = compared(monkeypatch, {"torch": 100.0, "triton": 50.0, "cuda": 70.0})
+    assert choice.rule == (16, 16, False, "triton")
+    assert str(choice) == (
+        "tiny B1 H1 N16 D16, forward: triton first (torch 100.0 us, triton 50.0 us, cuda 70.0 us)"
+    )
+    tune._keep_rule(choice.rule)
+    tune._keep_rule(choice.rule._replace(training=True))
+    tune._keep_rule(choice.rule._replace(backend="cuda"))  # a later run finds otherwise
+    forget()
+    assert thresholds.rules() == ((16, 16, False, "cuda"), (16, 16, True, "triton"))
+
+
+def test_torch_stays_first_within_the_noise_and_where_others_are_wrong(monkeypatch):
+    assert compared(monkeypatch, {"torch": 100.0, "triton": 98.0}).rule.backend == "torch"
+    wrong = compared(monkeypatch, {"torch": 100.0, "triton": 9.0}, {"triton": 1.5})
+    assert wrong.rule.backend == "torch" and set(wrong.times) == {"torch"}
 
 
 def test_a_search_knows_what_a_call_asks():

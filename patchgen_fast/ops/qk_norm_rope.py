@@ -205,7 +205,10 @@ def _check_tables(
                 f"qk_norm_rope: expected {name} with one head where key has other heads than "
                 f"query; got {describe(x)} for {heads} and {key.shape[1]} heads"
             )
-    cos, sin = (x[(None,) * (4 - x.dim())] for x in (cos, sin))
+    if cos.dim() < 4 or sin.dim() < 4:
+        cos, sin = (x[(None,) * (4 - x.dim())] for x in (cos, sin))
+    if cos.shape == sin.shape and cos.shape[2:] == full[2:]:
+        return inner_contiguous(cos), inner_contiguous(sin)
     shape = torch.broadcast_shapes(cos.shape, sin.shape, (1, 1, *full[2:]))
     return inner_contiguous(cos.expand(shape)), inner_contiguous(sin.expand(shape))
 

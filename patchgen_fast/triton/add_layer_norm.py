@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .launch import empty, launch, multiprocessors
+from .replay import replayed
 from .sums import sum_shares
 from .tiles import wide
 
@@ -83,6 +84,7 @@ def _blocks(features: int) -> tuple[int, int]:
     return block, min(16, max(1, block // 512))
 
 
+@replayed
 def add_layer_norm(
     input: torch.Tensor,
     residual: torch.Tensor,
@@ -110,6 +112,7 @@ def add_layer_norm(
     return normalised, total, mean, rstd
 
 
+@replayed
 def add_layer_norm_backward(
     grad_normalised: torch.Tensor,
     grad_sum: torch.Tensor | None,

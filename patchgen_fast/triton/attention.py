@@ -25,13 +25,12 @@ gain is for a GPU to say first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from . import attention_decode as decoding
+from .attention_configs import SHORT, STREAM
 from .attention_parts import (
     MASK_STRIDES,
     SIZES,
@@ -49,152 +48,12 @@ from .attention_parts import (
     sequence,
     visible_keys,
 )
-from .configs import BLACKWELL, FLOAT32, HOPPER, IEEE, TF32, Row, Table, kind_of
+from .configs import kind_of
 from .launch import capability, empty, launch, multiprocessors
+from .replay import replayed
 from .tiles import add_dot, chunks, dot_rows, load_tile, scale_tile, store_tile, wide, zeros_tile
 
-
-@dataclass(frozen=True)
-class ShortConfig:
-    """Query rows a tile, warps, loop stages; one_pass: all scores at once, or chunk by chunk."""
-
-    block_m: int
-    warps: int
-    stages: int
-    one_pass: bool
-
-
-@dataclass(frozen=True)
-class StreamConfig:
-    """Query rows and keys a tile, warps, loads in flight."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-
-
 SHORT_KEYS = 256  # the most that two chunks of 128 hold
-
-# d and n are D and the number of keys as their chunks cover them. None hands over to streaming.
-SHORT: Table[ShortConfig | None] = Table(
-    "attention_short",
-    Row(None, "float32 keeps twice the bytes on chip: static, spills", kinds=FLOAT32),
-    Row(
-        ShortConfig(64, 4, 1, False),
-        "static: tcgen05 reads each chunk's scores from tensor memory; at once takes 1.2 times the"
-        " instructions",
-        chips=BLACKWELL,
-        d=80,
-    ),
-    Row(
-        ShortConfig(64, 4, 1, True),
-        "static: 128 keys, no spill at any D to 128",
-        d=128,
-        n=128,
-    ),
-    Row(
-        ShortConfig(64, 4, 1, True),
-        "static: scores of 208 keys at once, 193 registers at D 64 and 207 at D 72, two blocks",
-        chips=HOPPER,
-        d=80,
-        n=208,
-    ),
-    Row(
-        ShortConfig(64, 4, 1, False),
-        "static: 199 registers; all scores of 256 keys at once take 255",
-        chips=HOPPER,
-        d=64,
-    ),
-    Row(ShortConfig(64, 4, 1, True), "static: 208 registers, no spill", d=64, n=208),
-    Row(
-        ShortConfig(64, 4, 1, False),
-        "static: at once it spills at D 72 (sm_80); chunk by chunk it takes 197 registers",
-        d=80,
-        n=208,
-    ),
-    Row(None, "more would spill, or leaves one block a multiprocessor"),
-)
-STREAM: Table[StreamConfig] = Table(
-    "attention",
-    Row(StreamConfig(16, 32, 4, 1), "IEEE: 32 rows spill at D 64 (static)", kinds=(IEEE,), d=128),
-    Row(StreamConfig(16, 16, 4, 1), "IEEE, wide heads: fewer registers", kinds=(IEEE,)),
-    Row(
-        StreamConfig(32, 32, 4, 2),
-        "TF32: static, 64 rows spill at D 128",
-        chips=(120,),
-        kinds=(TF32,),
-        d=128,
-    ),
-    Row(
-        StreamConfig(64, 32, 4, 1),
-        "TF32: static, loads in flight or 32 rows spill at D 128 on sm_80",
-        kinds=(TF32,),
-        d=128,
-    ),
-    Row(StreamConfig(32, 32, 4, 1), "TF32, wide heads: fits 99 KiB", kinds=(TF32,)),
-    Row(
-        StreamConfig(64, 64, 4, 2),
-        "static: four blocks a multiprocessor; short keys waste least in narrow blocks",
-        chips=(90, *BLACKWELL),
-        d=64,
-        n=256,
-        masked=False,
-    ),
-    Row(
-        StreamConfig(128, 128, 8, 2),
-        "static: 228 instructions a 64 x 64 tile at D 64 and 256 at D 72, no spill",
-        chips=HOPPER,
-        d=128,
-        masked=False,
-    ),
-    Row(
-        StreamConfig(128, 64, 4, 3),
-        "static: 243 instructions a 64 x 64 tile, two blocks; tcgen05 wants 128 rows",
-        chips=BLACKWELL,
-        d=64,
-        masked=False,
-    ),
-    Row(
-        StreamConfig(128, 128, 8, 2),
-        "static: no spill, 300 instructions a tile at D 72; narrower blocks spill",
-        chips=BLACKWELL,
-        d=128,
-        masked=False,
-    ),
-    Row(
-        StreamConfig(64, 64, 4, 2),
-        "static: no spill; 192 registers, two blocks",
-        d=64,
-        masked=False,
-    ),
-    Row(
-        StreamConfig(64, 64, 4, 2),
-        "static: no spill at D 72 on this chip (it does on sm_120)",
-        chips=(80,),
-        d=128,
-        masked=False,
-    ),
-    Row(
-        StreamConfig(64, 64, 4, 2),
-        "static: 392 instructions a tile at D 72, no spill; 32 keys a block spill where causal",
-        chips=(86, 89),
-        d=80,
-        masked=False,
-    ),
-    Row(
-        StreamConfig(64, 32, 4, 2),
-        "static: no spill, two blocks; a mask's tile needs registers of its own",
-        d=128,
-    ),
-    Row(
-        StreamConfig(64, 32, 4, 2),
-        "static: 254 registers, two blocks",
-        chips=(90, *BLACKWELL),
-        masked=False,
-    ),
-    Row(StreamConfig(64, 32, 8, 2), "safe everywhere: 181 registers, 68 KiB at D 256"),
-)
 
 _STRIDES = [f"stride_{t}{d}" for t in "qkvo" for d in "bhn"]
 _NOT_SPECIALISED = [*_STRIDES, *MASK_STRIDES, "stride_lb", "stride_lh", *SIZES]
@@ -362,6 +221,7 @@ def _attention_fwd_kernel(
         tl.store(lse + first_row + lane, row_lse, mask=keep)
 
 
+@replayed
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,

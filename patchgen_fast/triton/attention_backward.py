@@ -23,13 +23,18 @@ whole head in registers, or atomics. The mask's gradient has a kernel of its own
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from .attention_backward_parts import delta_tile, kv_block, q_tile
+from .attention_configs import (
+    KV_BACKWARD,
+    MASK_GRAD,
+    Q_BACKWARD,
+    SHORT_BACKWARD,
+    BackwardConfig,
+)
 from .attention_mask_grad import mask_gradient
 from .attention_parts import (
     MASK_STRIDES,
@@ -43,153 +48,10 @@ from .attention_parts import (
     sequence,
     visible_keys,
 )
-from .configs import BLACKWELL, DATACENTER, FLOAT32, HOPPER, IEEE, TF32, Row, Table, kind_of
+from .configs import kind_of
 from .launch import capability, empty, launch
+from .replay import replayed
 from .tiles import wide
-
-
-@dataclass(frozen=True)
-class BackwardConfig:
-    """Query rows and keys a tile, warps, loads in flight."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-
-
-# d and n: D and the number of keys as their chunks cover them. None: the three kernels instead.
-SHORT_BACKWARD: Table[BackwardConfig | None] = Table(
-    "attention_short_backward",
-    Row(None, "float32: static, spills", kinds=FLOAT32),
-    Row(
-        BackwardConfig(64, 64, 4, 1),
-        "static: 254 registers, no spill, two blocks",
-        chips=HOPPER,
-        d=64,
-        masked=False,
-    ),
-    Row(
-        BackwardConfig(32, 32, 4, 1),
-        "static: 123 registers, four blocks; 64 keys spill",
-        chips=(120,),
-        d=64,
-        masked=False,
-    ),
-    Row(
-        BackwardConfig(32, 64, 4, 1),
-        "static: 250 registers, no spill on sm_80",
-        d=64,
-        masked=False,
-    ),
-    Row(None, "static: D 72 spills, and so does a mask's tile"),
-)
-KV_BACKWARD: Table[BackwardConfig] = Table(
-    "attention_backward_kv",
-    Row(
-        BackwardConfig(32, 32, 8, 1),
-        "IEEE products on the plain cores: four warps spill on sm_80 (static)",
-        kinds=(IEEE,),
-        d=128,
-        masked=False,
-    ),
-    Row(
-        BackwardConfig(16, 32, 8, 1),
-        "IEEE: 32 rows beside a mask's tile spill on sm_90 (static)",
-        kinds=(IEEE,),
-        d=128,
-    ),
-    Row(BackwardConfig(16, 16, 4, 1), "IEEE, wide heads", kinds=(IEEE,)),
-    Row(BackwardConfig(32, 32, 4, 1), "TF32 takes twice the shared memory", kinds=(TF32,), d=128),
-    Row(BackwardConfig(16, 32, 8, 1), "TF32, wide heads", chips=DATACENTER, kinds=(TF32,)),
-    Row(BackwardConfig(16, 16, 4, 1), "TF32, wide heads: fits 99 KiB", kinds=(TF32,)),
-    Row(
-        BackwardConfig(64, 64, 4, 1),
-        "static: 174 registers, 440 instructions a 64 x 64 tile; a mask's tile spills",
-        chips=HOPPER,
-        d=64,
-        masked=False,
-    ),
-    Row(
-        BackwardConfig(64, 128, 8, 2),
-        "static: 489 instructions a tile, no spill; 64 keys a block spill",
-        chips=HOPPER,
-        d=80,
-        masked=False,
-    ),
-    Row(BackwardConfig(64, 64, 8, 1), "static: 248 registers", chips=HOPPER, d=128),
-    Row(
-        BackwardConfig(32, 64, 4, 2),
-        "static: no spill, beside a mask's tile neither",
-        chips=(90, *BLACKWELL),
-        d=64,
-    ),
-    Row(
-        BackwardConfig(32, 64, 4, 1),
-        "static: 248 registers on sm_80 where causal; with loads in flight it spills there",
-        d=64,
-        masked=False,
-    ),
-    Row(
-        BackwardConfig(32, 32, 4, 2),
-        "static: 168 registers on sm_80, 182 on sm_120; a mask's tile of 64 keys spills",
-        d=64,
-    ),
-    Row(BackwardConfig(32, 64, 8, 1), "static: eight warps halve the sums of each", d=128),
-    Row(BackwardConfig(32, 32, 8, 1), "safe everywhere: 170 registers at D 256"),
-)
-Q_BACKWARD: Table[BackwardConfig] = Table(
-    "attention_backward_q",
-    Row(
-        BackwardConfig(32, 32, 8, 1),
-        "IEEE: four warps spill at D 128 on sm_90 (static)",
-        kinds=(IEEE,),
-        d=128,
-        masked=False,
-    ),
-    Row(
-        BackwardConfig(32, 32, 4, 1),
-        "IEEE: eight warps beside a mask's tile spill on sm_80 (static)",
-        kinds=(IEEE,),
-        d=128,
-    ),
-    Row(BackwardConfig(16, 16, 4, 1), "IEEE, wide heads", kinds=(IEEE,)),
-    Row(BackwardConfig(32, 32, 4, 1), "TF32 takes twice the shared memory", kinds=(TF32,), d=128),
-    Row(BackwardConfig(16, 32, 8, 1), "TF32, wide heads", kinds=(TF32,)),
-    Row(
-        BackwardConfig(64, 64, 4, 2),
-        "static: 243 instructions a 64 x 64 tile at D 64, 164 registers at D 72",
-        chips=HOPPER,
-        d=80,
-        masked=False,
-    ),
-    Row(
-        BackwardConfig(128, 64, 8, 2),
-        "static: no spill where 64 rows on four warps do",
-        chips=(80,),
-        d=64,
-        masked=False,
-    ),
-    Row(
-        BackwardConfig(64, 32, 4, 2),
-        "static: 174 registers at D 128 on sm_90",
-        chips=(90, *BLACKWELL),
-        d=128,
-    ),
-    Row(
-        BackwardConfig(64, 32, 4, 1),
-        "static: 176 registers at D 128 on sm_80, 230 at D 72 on sm_120; loads in flight spill",
-        d=128,
-    ),
-    Row(BackwardConfig(32, 32, 4, 1), "safe everywhere: 200 registers at D 256"),
-)
-MASK_GRAD: Table[BackwardConfig] = Table(
-    "attention_mask_grad",
-    Row(BackwardConfig(32, 32, 4, 1), "float32: fits 99 KiB", kinds=FLOAT32, d=128),
-    Row(BackwardConfig(16, 16, 4, 1), "float32, wide heads", kinds=FLOAT32),
-    Row(BackwardConfig(64, 32, 4, 1), "static: the sums of 64 x 64 spill on sm_90", d=128),
-    Row(BackwardConfig(16, 32, 4, 1), "safe everywhere: no spill at D 256 on sm_80"),
-)
 
 SHORT_ROWS = 256  # queries and keys of the longest head that one program is given
 
@@ -334,6 +196,7 @@ def _attention_bwd_kernel(
                 mask += stride_mh * SPEC.mask_vec
 
 
+@replayed
 def attention_backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,

@@ -9,12 +9,11 @@ float32; `_attention_combine_kernel` joins the shares of a row in order. Shares 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from .attention_configs import DECODE
 from .attention_parts import (
     MASK_STRIDES,
     SIZES,
@@ -29,7 +28,7 @@ from .attention_parts import (
     score_unit,
     visible_keys,
 )
-from .configs import FLOAT32, Row, Table, kind_of
+from .configs import kind_of
 from .launch import capability, empty, launch, multiprocessors
 from .tiles import (
     MASK_ADDITIVE,
@@ -46,23 +45,6 @@ MAX_ROWS = 64  # query rows of all heads that share a key head
 MAX_QUERIES = 16
 MIN_KEYS = 64
 
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Keys a block, warps, loads in flight."""
-
-    block_n: int
-    warps: int
-    stages: int
-
-
-DECODE: Table[DecodeConfig] = Table(
-    "attention_decode",
-    Row(DecodeConfig(32, 4, 2), "float32 takes twice the shared memory", kinds=FLOAT32, d=128),
-    Row(DecodeConfig(16, 4, 2), "float32, wide heads: static, 64 KiB on every chip", kinds=FLOAT32),
-    Row(DecodeConfig(64, 4, 3), "expected: three blocks of keys in flight hide latency", d=128),
-    Row(DecodeConfig(32, 4, 2), "safe everywhere"),
-)
 
 _STRIDES = [f"stride_{t}{d}" for t in "qkvo" for d in "bhn"]
 

@@ -9,19 +9,14 @@ writes is preferred over a row here.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-import triton
 
-from .. import __version__
+from . import tuned
 
 HALF, TF32, IEEE = "half", "tf32", "ieee"
 ANY = (HALF, TF32, IEEE)
@@ -77,20 +72,31 @@ class Table(Generic[Config]):
         self.name = name
         self.rows = rows
         self._answers: dict[tuple[int, str, int, int, bool], Config] = {}
+        self._by_hand: tuple[Config, ...] = ()  # one that is every answer; see `answering`
 
     def choose(self, chip: int, kind: str, d: int, n: int, masked: bool = False) -> Config:
         """The tuned configuration of these sizes if there is one, else the first row that holds."""
         if _asked is not None:
             _asked.append((self, Question(chip, kind, d, n, masked)))
+        if self._by_hand:
+            return self._by_hand[0]
         key = chip, kind, d, n, masked
         if key not in self._answers:
             question = Question(*key)
-            answer = self.shipped(question)
-            tuned = _tuned().get(self.key(question))
-            if tuned is not None and answer is not None:
-                answer = type(answer)(**tuned)
-            self._answers[key] = answer
+            self._answers[key] = self.preferred(question, self.shipped(question))
         return self._answers[key]
+
+    def preferred(self, question: Question, shipped: Config) -> Config:
+        """What the tuned file has in place of the shipped answer, which else stands."""
+        found = tuned.document()["configs"].get(self.key(question))
+        if found is None or shipped is None:
+            return shipped
+        fields = {name: type(value) for name, value in asdict(shipped).items()}  # type: ignore[call-overload]
+        if isinstance(found, dict) and {n: type(x) for n, x in found.items()} == fields:
+            return type(shipped)(**found)
+        wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in fields.items())
+        tuned.distrust(tuned.path(), f"got {found!r} for {self.key(question)}, which has {wanted}")
+        return shipped
 
     def shipped(self, question: Question) -> Config:
         """The first row that holds, whatever has been tuned."""
@@ -103,6 +109,17 @@ class Table(Generic[Config]):
 
 
 _asked: list[tuple[Table[Any], Question]] | None = None
+_changes = 0
+
+
+def is_asking() -> bool:
+    """Whether somebody collects questions: then every call must ask its own."""
+    return _asked is not None
+
+
+def changes() -> int:
+    """Differs from an earlier call's answer if a table may answer differently since."""
+    return _changes
 
 
 @contextmanager
@@ -119,45 +136,20 @@ def asking() -> Iterator[list[tuple[Table[Any], Question]]]:
 @contextmanager
 def answering(table: Table[Any], config: Any) -> Iterator[None]:
     """Lets `table` answer every question with `config`, for a test or a search."""
-    rows, answers = table.rows, table._answers
-    table.rows, table._answers = (Row(config, "chosen by hand"),), {}
+    global _changes
+    before, table._by_hand = table._by_hand, (config,)
+    _changes += 1
     try:
         yield
     finally:
-        table.rows, table._answers = rows, answers
+        table._by_hand = before
+        _changes += 1
 
 
-def tuned_path() -> Path:
-    """Where `patchgen-fast tune` writes; PATCHGEN_FAST_TUNED names another file."""
-    named = os.environ.get("PATCHGEN_FAST_TUNED")
-    if named:
-        return Path(named)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "patchgen_fast" / "tuned.json"
-
-
-def environment() -> dict[str, str]:
-    """What a tuned file must have been made with to be believed."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "patchgen_fast": __version__,
-    }
-
-
-def read_tuned() -> dict[str, Any]:
-    """The tuned file, or an empty document where there is none or it was made elsewhere."""
-    try:
-        document = json.loads(tuned_path().read_text())
-        if document["environment"] == environment():
-            return {"configs": {}, "gains": {}, **document}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return {"environment": environment(), "configs": {}, "gains": {}}
-
-
-@cache
-def _tuned() -> dict[str, dict[str, Any]]:
-    return dict(read_tuned()["configs"])
+def reread(*tables: Table[Any]) -> None:
+    """Lets tables answer by what is in the tuned file now."""
+    global _changes
+    tuned.document.cache_clear()
+    for table in tables:
+        table._answers.clear()
+    _changes += 1

@@ -7,10 +7,11 @@ kept, so that a test compiles exactly the specialisation that a user's call woul
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -30,6 +31,36 @@ class _Recorder(NamedTuple):
 
 
 _recorder: _Recorder | None = None
+
+
+class Observer(Protocol):
+    """Is told what a launcher does while it does it."""
+
+    def allocated(self, tensor: torch.Tensor) -> None: ...
+
+    def started(self, item: Launch, compiled: Any) -> None: ...
+
+
+class _Watch(threading.local):
+    observer: Observer | None = None  # autograd's threads have none of the caller's
+
+
+_watch = _Watch()
+
+
+@contextmanager
+def observed_by(observer: Observer) -> Iterator[None]:
+    """Tells `observer` of this thread's allocations and launches, which happen as ever."""
+    before, _watch.observer = _watch.observer, observer
+    try:
+        yield
+    finally:
+        _watch.observer = before
+
+
+def is_recording() -> bool:
+    """Whether launches are kept instead of run."""
+    return _recorder is not None
 
 
 @contextmanager
@@ -72,9 +103,11 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], **options:
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **options)
+            compiled = kernel[grid](*args, **options)
     else:
-        kernel[grid](*args, **options)
+        compiled = kernel[grid](*args, **options)
+    if _watch.observer is not None:
+        _watch.observer.started(Launch(kernel, grid, args, options), compiled)
 
 
 _allocate = torch.empty
@@ -82,7 +115,10 @@ _allocate = torch.empty
 
 def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Where launchers get their outputs, so that a test can guard and poison them."""
-    return _allocate(shape, dtype=dtype or like.dtype, device=like.device)
+    tensor = _allocate(shape, dtype=dtype or like.dtype, device=like.device)
+    if _watch.observer is not None:
+        _watch.observer.allocated(tensor)
+    return tensor
 
 
 def vector(itemsize: int, *strides: int) -> int:

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .launch import empty, launch
 from .patches import Patches, pixels_to_rows, row_strides, rows_to_pixels, weight_gradient
+from .replay import replayed
 from .tiles import wide
 
 
@@ -39,6 +40,7 @@ def _batch_sum_kernel(
     tl.store(result + token * EMBED + feature, total, mask=real)
 
 
+@replayed
 def patch_embed(
     images: torch.Tensor,
     weight: torch.Tensor,
@@ -52,6 +54,7 @@ def patch_embed(
     return pixels_to_rows(images, weight, bias, pos_embed, prefix, mean, std)
 
 
+@replayed
 def patch_embed_backward(
     grad_out: torch.Tensor,
     images: torch.Tensor,

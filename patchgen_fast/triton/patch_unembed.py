@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .launch import empty, launch, multiprocessors
 from .patches import pixels_to_rows, rows_to_pixels, weight_gradient
+from .replay import replayed
 from .sums import sum_shares
 from .tiles import wide
 
@@ -48,6 +49,7 @@ def _channel_sum_kernel(
     tl.store(result + share * channels + channel, tl.sum(total, 0))
 
 
+@replayed
 def patch_unembed(
     tokens: torch.Tensor,
     weight: torch.Tensor,
@@ -63,6 +65,7 @@ def patch_unembed(
     return rows_to_pixels(tokens, weight, images, bias=bias)
 
 
+@replayed
 def patch_unembed_backward(
     grad_images: torch.Tensor, tokens: torch.Tensor, weight: torch.Tensor, bias_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,13 +3,15 @@
 A case is a self-attention in bfloat16, forward and backward. Each table that its calls ask is
 searched on its own: every candidate that compiles and fits is held against the shipped row's
 result, then timed with its inputs out of cache. One that is at least 3 % faster than the shipped
-row is written to `configs.tuned_path()`, which `Table.choose` prefers as long as GPU, torch, triton
-and patchgen_fast are those that it was made with.
+row is written to `tuned.path()`, which `Table.choose` prefers as long as GPU, torch, triton and
+patchgen_fast are those that it was made with.
+
+Then the backends are timed against each other, forward alone and with the backward, and the fastest
+becomes a rule of `thresholds`: which backend a call like this one tries first.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,10 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from triton.errors import TritonError
 
-from . import attention, attention_backward
-from .attention import ShortConfig, StreamConfig
-from .attention_backward import BackwardConfig
-from .configs import Question, Table, answering, asking, environment, read_tuned, tuned_path
+from .. import attention as public_attention
+from ..dispatch import BackendRefused
+from . import attention, attention_backward, thresholds, tuned
+from .attention_configs import BackwardConfig, ShortConfig, StreamConfig
+from .configs import Question, Table, answering, asking, reread
+from .thresholds import Rule
 
 LEAST_GAIN = 1.03  # less is within the noise of twenty runs
 Run = Callable[[], tuple[torch.Tensor, ...]]
@@ -77,6 +81,20 @@ class Outcome:
         return f"{what} -> {self.after:.1f} us, {self.before / self.after:.2f} times, by {options}"
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which backend is the fastest for a case: microseconds of each that ran and was right."""
+
+    case: str
+    rule: Rule
+    times: dict[str, float]
+
+    def __str__(self) -> str:
+        what = "forward and backward" if self.rule.training else "forward"
+        times = ", ".join(f"{name} {time:.1f} us" for name, time in self.times.items())
+        return f"{self.case}, {what}: {self.rule.backend} first ({times})"
+
+
 def candidates(config: Any) -> Iterator[Any]:
     """Configurations worth a try in place of one."""
     if isinstance(config, ShortConfig):
@@ -107,11 +125,17 @@ def microseconds(run: Run, repeats: int = 20) -> float:
     return statistics.median(times[3:])
 
 
-def calls(case: Case, device: str) -> tuple[Run, Run]:
-    """The case's forward and backward, on random numbers."""
+def packed(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value of random numbers, as a projection leaves them."""
     shape = (case.batch, case.tokens, 3, case.heads, case.d)
     qkv = torch.randn(shape, dtype=torch.bfloat16, device=device)
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    return query, key, value
+
+
+def calls(case: Case, device: str) -> tuple[Run, Run]:
+    """The case's forward and backward by our kernels, on random numbers."""
+    query, key, value = packed(case, device)
     rest = (None, None, None, False, case.d**-0.5)
     out, lse = attention.attention(query, key, value, *rest)
     grad = torch.randn_like(out)
@@ -133,7 +157,7 @@ def tune(
     device: str = "cuda",
     timer: Callable[[Run], float] = microseconds,
     progress: Callable[[int, int, str], None] | None = None,
-) -> Iterator[Outcome]:
+) -> Iterator[Outcome | Choice]:
     """Searches, and yields what each search found; what won is in the file by then.
 
     Args:
@@ -159,7 +183,13 @@ def tune(
                     continue
                 outcome = _search(str(case), table, question, run, timer, progress)
                 _keep(outcome)
+                reread(table)
                 yield outcome
+        for training in (False, True):
+            choice = _compare(case, training, device, timer)
+            if choice is not None:
+                _keep_rule(choice.rule)
+                yield choice
 
 
 def _search(
@@ -204,16 +234,49 @@ def _close(got: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _keep(outcome: Outcome) -> None:
-    """Writes the outcome beside what the file holds already, unless that was made elsewhere."""
-    document = read_tuned()
-    document["environment"] = environment()
-    document["gains"][outcome.key] = asdict(outcome)
-    if outcome.config is None:
-        document["configs"].pop(outcome.key, None)
-    else:
-        document["configs"][outcome.key] = outcome.config
-    path = tuned_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    temporary.replace(path)
+    """Writes the outcome into the file; without a configuration the shipped row stands again."""
+    document = tuned.read()
+    configs = {k: config for k, config in document["configs"].items() if k != outcome.key}
+    if outcome.config is not None:
+        configs[outcome.key] = outcome.config
+    tuned.write(configs=configs, gains={**document["gains"], outcome.key: asdict(outcome)})
+
+
+COMPARED = ("torch", "triton", "cuda")
+
+
+def _compare(
+    case: Case, training: bool, device: str, timer: Callable[[Run], float]
+) -> Choice | None:
+    """The fastest of the backends that take the case and agree with torch; None if torch fails."""
+    query, key, value = (x.detach().requires_grad_(training) for x in packed(case, device))
+    grad = torch.randn_like(query.transpose(1, 2)).transpose(1, 2)
+    times: dict[str, float] = {}
+    expected: tuple[torch.Tensor, ...] = ()
+    for backend in COMPARED:
+
+        def run(backend: str = backend) -> tuple[torch.Tensor, ...]:
+            out = public_attention(query, key, value, backend=backend)
+            assert isinstance(out, torch.Tensor)
+            return torch.autograd.grad(out, (query, key, value), grad) if training else (out,)
+
+        try:
+            results = run()
+        except BackendRefused:
+            continue
+        expected = expected or results
+        if all(map(_close, results, expected)):
+            times[backend] = timer(run)
+    if "torch" not in times:
+        return None
+    best = min(times, key=lambda name: times[name])
+    if times["torch"] < times[best] * LEAST_GAIN:
+        best = "torch"
+    return Choice(str(case), Rule(case.d, case.tokens, training, best), times)
+
+
+def _keep_rule(rule: Rule) -> None:
+    """Writes the rule into the file, in place of one for the same calls."""
+    others = [other for other in tuned.read()["dispatch"] if other[:3] != list(rule[:3])]
+    tuned.write(dispatch=[*others, list(rule)])
+    thresholds.forget()

@@ -33,7 +33,8 @@ def _clear() -> None:
 @click.option("--list", "listing", is_flag=True, help="The shapes, and nothing more.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 def tune(names: tuple[str, ...], listing: bool, quiet: bool) -> None:
-    """Search this GPU's fastest configurations of the Triton attention kernels.
+    """Search this GPU's fastest configurations of the Triton attention kernels, then time them
+    beside torch's and the CUDA C++ kernels, so that later calls try the fastest first.
 
     Every candidate is compiled, held against the shipped configuration's result, and timed with a
     cold cache; what is at least 3 % faster is written to a file that later calls prefer, as long as
@@ -49,8 +50,8 @@ def tune(names: tuple[str, ...], listing: bool, quiet: bool) -> None:
 
     if reason := unavailable_reason():
         _stop(NO_GPU, f"tune: {reason}")
-    from .configs import tuned_path
-    from .tune import CASES, NoGpu, tune
+    from .tune import CASES, NoGpu, Outcome, tune
+    from .tuned import path
 
     if listing:
         click.echo("\n".join(str(case) for case in CASES))
@@ -68,7 +69,7 @@ def tune(names: tuple[str, ...], listing: bool, quiet: bool) -> None:
             if lively:
                 _clear()
             click.echo(str(outcome))
-            gains += outcome.config is not None
+            gains += isinstance(outcome, Outcome) and outcome.config is not None
     except NoGpu as error:
         _stop(NO_GPU, str(error))
-    click.echo(f"{gains} configurations faster than the shipped ones, in {tuned_path()}")
+    click.echo(f"{gains} configurations faster than the shipped ones, in {path()}")

@@ -17,8 +17,10 @@ from .attention_backward import run_backward
 from .attention_parts import covered, make_spec, positive_scale
 from .configs import kind_of
 from .launch import capability, empty, launch
+from .replay import replayed
 
 
+@replayed
 def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -60,6 +62,7 @@ def varlen_attention(
     return out, lse
 
 
+@replayed
 def varlen_attention_backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,

@@ -13,6 +13,7 @@ from interpreter import guarded
 from patchgen_fast import reference
 from patchgen_fast.triton import attention as forward
 from patchgen_fast.triton import attention_backward as backward
+from patchgen_fast.triton.attention_configs import ShortConfig
 from patchgen_fast.triton.configs import answering
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -122,7 +123,7 @@ def test_forward(case, monkeypatch):
         monkeypatch.setattr(forward, "SHORT_KEYS", 0)
     chosen = nullcontext()
     if case.one_pass is not None:
-        config = forward.ShortConfig(64, 4, 1, case.one_pass)
+        config = ShortConfig(64, 4, 1, case.one_pass)
         chosen = answering(forward.SHORT, config)
     inputs = make(case)
     with chosen:
