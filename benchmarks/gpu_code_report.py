@@ -24,7 +24,7 @@ REPORT = ROOT / "benchmarks" / "results" / "gpu-code-report.md"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "triton_aot"), str(ROOT / "benchmarks")]
 
 import cuda_code_report  # noqa: E402
-from launches import SOURCES, attend, recorded  # noqa: E402
+from launches import CAPABILITIES, attend, recorded, tabulated  # noqa: E402
 
 from patchgen_fast.triton import attention  # noqa: E402
 from patchgen_fast.triton.aot import compile_launch  # noqa: E402
@@ -37,8 +37,6 @@ from patchgen_fast.triton.bounds import (  # noqa: E402
 )
 from patchgen_fast.triton.launch import recording  # noqa: E402
 
-# A chip for each matrix instruction: wgmma, tcgen05, mma.sync. Tests gate sm_80, 86 and 89 too.
-CAPABILITIES = (90, 100, 120)
 # name, batch, heads, tokens, D: the self-attention forwards whose floors are known.
 SHAPES = (
     ("ViT-B", 128, 12, 197, 64),
@@ -134,7 +132,7 @@ def report() -> str:
         *map(bound_row, SHAPES),
         decode_row(),
     ]
-    questions = [(source, capability) for capability in CAPABILITIES for source in SOURCES]
+    questions = tabulated()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         answers = dict(zip(questions, pool.map(kernel_rows, questions), strict=True))
     for capability in CAPABILITIES:
@@ -148,8 +146,8 @@ def report() -> str:
             "| call | kernel | configuration | registers | KiB | blocks | instructions | loops |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for source in SOURCES:
-            lines += answers[source, capability]
+        for question, rows in answers.items():
+            lines += rows if question[1] == capability else []
     lines += ["", *cuda_code_report.table(json.loads(cuda_code_report.RECORD.read_text()))]
     return "\n".join(lines) + "\n"
 

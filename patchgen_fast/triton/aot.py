@@ -38,6 +38,7 @@ LIMITS = {
     120: (48, 24, 102400, 101376),
 }
 MATRIX_INSTRUCTION = {90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA"}  # elsewhere HMMA
+MATRIX_PTX = {"mma.sync": "HMMA", "wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA"}
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P[T\d]+\s+)?([A-Z][A-Za-z0-9_.]*)(.*)")
 _LABEL = re.compile(r"^\.?(L_x_\d+):")
@@ -68,7 +69,7 @@ class _CompileOnlyDriver:
 
 @dataclass(frozen=True)
 class Binary:
-    """A compiled kernel: resources a thread and a block, PTX and disassembly."""
+    """A compiled kernel: resources a thread and a block, PTX and machine code."""
 
     capability: int
     name: str
@@ -78,11 +79,16 @@ class Binary:
     local: int
     shared: int
     ptx: str
-    sass: str
+    cubin: bytes
+
+    @cached_property
+    def sass(self) -> str:
+        """The disassembly, made when it is first asked for: it takes a third of compiling."""
+        return _tool("nvdisasm", "-c", self.cubin)
 
     @property
     def spills(self) -> bool:
-        return self.stack > 0 or self.local > 0 or bool(re.search(r"\b(STL|LDL)\b", self.sass))
+        return self.stack > 0 or self.local > 0
 
     @property
     def fits(self) -> bool:
@@ -96,6 +102,11 @@ class Binary:
     @property
     def matrix_instruction(self) -> str:
         return MATRIX_INSTRUCTION.get(self.capability, "HMMA")
+
+    @property
+    def matrix_instructions(self) -> set[str]:
+        """Those of the machine code, by the PTX that ptxas makes each of them of."""
+        return {sass for ptx, sass in MATRIX_PTX.items() if ptx in self.ptx}
 
     @property
     def blocks(self) -> int:
@@ -190,7 +201,7 @@ def _compile(item: Launch, capability: int) -> Binary:
         local=int(usage["LOCAL"]),
         shared=compiled.metadata.shared,
         ptx=compiled.asm["ptx"],
-        sass=_tool("nvdisasm", "-c", cubin),
+        cubin=cubin,
     )
 
 

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as runtime
 
 Handle = runtime.TensorHandle
@@ -136,8 +137,44 @@ def patch_language_once() -> None:
     runtime._patch_lang = patch
 
 
+def check_overflow_quickly() -> None:
+    """Looks for integer overflow with NumPy, as exactly as the interpreter does itself: with eight
+    operations of triton.language for each, four tenths of a test's time.
+    """
+    exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def check(self, left, right, operation) -> None:
+        kind = left.type.scalar
+        if kind.int_bitwidth >= 64:
+            return
+        a, b = (np.asarray(x.handle.data).astype(np.int64) for x in (left, right))
+        result = exact[operation.__name__](a, b)
+        fits = kind.get_int_min_value() <= result.min() <= result.max() <= kind.get_int_max_value()
+        assert fits, f"int{kind.int_bitwidth} overflow in {operation.__name__}"
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = check
+
+
+def remember_dtypes() -> None:
+    """NumPy's dtype of a scalar type, looked up by its name: the interpreter makes its table of all
+    types anew at every look.
+    """
+    look_up, found = runtime._get_np_dtype, {}
+
+    def numpy_dtype(dtype):
+        if isinstance(dtype, tl.pointer_type):
+            return look_up(dtype)
+        if dtype.name not in found:
+            found[dtype.name] = look_up(dtype)
+        return found[dtype.name]
+
+    runtime._get_np_dtype = numpy_dtype
+
+
 repair_bfloat16()
 patch_language_once()
+check_overflow_quickly()
+remember_dtypes()
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
