@@ -231,6 +231,24 @@ def test_swapped_draws_what_eager_draws(heads):
         torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-4)
 
 
+def test_the_swapped_flow_head_has_the_same_velocity_and_gradients():
+    head = FlowHead(4, 6, width=8, depth=2, repeats=1).double()
+    x, modulations = torch.randn(3, 6).double(), torch.randn(3, 8 * 8).double()
+
+    def velocity_and_gradients():
+        inputs = [x.clone().requires_grad_(), modulations.clone().requires_grad_()]
+        out = head.velocity(*inputs)
+        return out, *torch.autograd.grad(out.square().sum(), [*inputs, *head.out.parameters()])
+
+    eager = velocity_and_gradients()
+    with patchgen_fast.swapped(head):
+        assert type(head).__name__ == "FastFlowHead"
+        assert type(head.state_modulation).__name__ == "FastLinear"
+        fast = velocity_and_gradients()
+        assert head._fast.calls == 1
+    torch.testing.assert_close(fast, eager)
+
+
 def test_equal_seeds_draw_equal_images_in_batches_of_any_size():
     made, labels = model(), torch.arange(7) % 10
     task, noise = Task(RASTER), noise_for(made, 7, 3)

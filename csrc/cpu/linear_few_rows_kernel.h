@@ -22,14 +22,15 @@ namespace {
 
 // 24 (12) sums and the weights leave no register of 32 (16) unused; rows are read from memory.
 constexpr int kFewTileRows = 6;
-constexpr int kFewTileColumns = kRegisters == 32 ? 4 : 2;  // divides kLanes
+constexpr int kFewTileColumns = kRegisters == 32 ? 4 : 2;
+constexpr int kFewTiles = kLanes / kFewTileColumns;  // across a strip
 
-// Rows from which on packing is repaid; sooner where pairs are multiplied, as products take half
-// the time and packing the same. Measured on a Zen 4 core, layers of 384 to 1536 features: at 96
-// rows the packed product took 1.1 to 1.2 times as long in float32 and 0.9 to 1.3 times in bf16, at
-// 64 rows 1.2 and 1.0 to 1.6 times.
+// Beyond so many rows packing is repaid; sooner where pairs are multiplied, as products take half
+// the time and packing the same. Measured on a Zen 4 core, layers of 384 to 1536 features: the
+// packed product took 1.1 to 1.2 times as long at 96 rows and as long at 128 in float32, in
+// bf16 1.0 to 1.6 times as long at 64 and 0.9 to 1.3 times at 96.
 template <class Operand>
-constexpr int64_t kMostFewRows = Operand::kGroup == 1 ? 96 : 64;
+constexpr int64_t kMostFewRows = Operand::kGroup == 1 ? 128 : 64;
 
 // Multiplications below which a thread more costs more than it saves: about 3 us of one core.
 constexpr int64_t kLeastTask = 128 << 10;
@@ -64,8 +65,8 @@ PATCHGEN_FAST_INLINE void few_rows_step(Vec (&acc)[Rows][kFewTileColumns], const
   }
 }
 
-// Sums of Rows rows and kFewTileColumns outputs, lanes not yet added up, to
-// sums[row * kLanes + output]. Long sums are cut into runs, as in gemm_tile.h.
+// Sums of Rows rows and kFewTileColumns outputs to sums[row * kFewTiles], with the first part of
+// join_lanes done. Long sums are cut into runs, as in gemm_tile.h.
 template <class Operand, int Rows, class Element>
 static void few_rows_tile(const Word* a, int64_t stride, const Element* const* weight_rows,
                           int64_t depth, StripAhead ahead, Vec* sums) {
@@ -96,11 +97,9 @@ static void few_rows_tile(const Word* a, int64_t stride, const Element* const* w
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-      for (int c = 0; c < kFewTileColumns; ++c) {
-        Vec& sum = sums[r * kLanes + c];
-        sum = first ? acc[r][c] : sum + acc[r][c];
-      }
+      const Vec joined = join_lanes<1>(acc[r]);
+      Vec& sum = sums[r * kFewTiles];
+      sum = first ? joined : sum + joined;
     }
   } while (k < depth);
 }
@@ -133,19 +132,17 @@ static void few_rows_strip(const LinearForward& f, const FewRowsPlan& plan, cons
     const int64_t rows = f.rows * (t + 1) / tile_count - row;
     const StripAhead ahead =
         more ? StripAhead{kLanes * f.weight_stride, tile_count, t} : kNothingAhead;
-    Vec sums[kFewTileRows][kLanes];
+    Vec sums[kFewTileRows][kFewTiles];
     if (columns < kLanes) {
       __builtin_memset(sums, 0, sizeof(sums));  // not all outputs are computed
     }
     for (int64_t c = 0; c < columns; c += kFewTileColumns) {
       tiles.of_rows[rows - 1](a + row * plan.stride, plan.stride, weights + c, f.depth, ahead,
-                              &sums[0][c]);
+                              &sums[0][c / kFewTileColumns]);
     }
     Vec outputs[kFewTileRows];
     for (int64_t r = 0; r < rows; ++r) {
-      Vec lanes[kLanes];
-      __builtin_memcpy(lanes, sums[r], sizeof(lanes));
-      outputs[r] = lane_sums(lanes);
+      outputs[r] = join_lanes<kFewTileColumns>(sums[r]);
     }
     sink.put_tile(outputs, static_cast<int>(rows), 1, row, column);
   }

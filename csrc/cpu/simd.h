@@ -11,7 +11,7 @@
 //   fma max min select       lane by lane
 //   sum_lanes max_lanes      over the lanes
 //   transpose                of a kLanes x kLanes tile in registers
-//   lane_sums                of kLanes vectors, as one
+//   join_lanes               sums over the lanes of several vectors, as one
 //   exp2_scaled add_log dot_pairs   simd_math.h
 #pragma once
 
@@ -176,19 +176,23 @@ PATCHGEN_FAST_INLINE void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
-// Lane i of the first vector becomes the sum over the lanes of vectors[i]: log2(kLanes) rounds of a
-// transposition, each of which adds up half of the vectors with the other half.
-template <int Half = kLanes / 2>
-PATCHGEN_FAST_INLINE Vec lane_sums(Vec (&vectors)[kLanes]) {
-#pragma GCC unroll 8
-  for (int i = 0; i < Half; ++i) {
-    exchange<Half>(vectors[i], vectors[i + Half], std::make_integer_sequence<int, kLanes>{});
-    vectors[i] += vectors[i + Half];
-  }
-  if constexpr (Half == 1) {
+// join_lanes<1> of kLanes vectors: lane i is the sum over the lanes of vectors[i], by the rounds of
+// a transposition, each of which halves the vectors. It may be done in two parts: join_lanes<1> of
+// every n vectors, then join_lanes<n> of the results.
+template <int Step, int Count>
+PATCHGEN_FAST_INLINE Vec join_lanes(const Vec (&vectors)[Count]) {
+  if constexpr (Count == 1) {
     return vectors[0];
   } else {
-    return lane_sums<Half / 2>(vectors);
+    Vec half[Count / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < Count / 2; ++i) {
+      Vec even = vectors[2 * i];
+      Vec odd = vectors[2 * i + 1];
+      exchange<Step>(even, odd, std::make_integer_sequence<int, kLanes>{});
+      half[i] = even + odd;
+    }
+    return join_lanes<2 * Step>(half);
   }
 }
 

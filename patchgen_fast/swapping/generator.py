@@ -12,19 +12,22 @@ from .adapters import Adapter
 
 
 class FastFlowHead(FastLayer, heads.FlowHead):
-    """The flow head with fewer passes over its modulations, which cost as much as its products."""
+    """The flow head, its modulations taken apart at once and applied to a block in three steps, not
+    four.
+    """
 
     def velocity(self, x: Tensor, modulations: Tensor) -> Tensor:
         self._count_call()
-        shape = (-1, self.width)
-        parts = modulations.unflatten(-1, shape).unbind(-2)
-        scales = (1 + modulations).unflatten(-1, shape).unbind(-2)
+        parts = modulations.unflatten(-1, (-1, self.width)).unbind(-2)
         x = self.input(x)
-        for i, block in enumerate(self.blocks):
-            shift, gate = parts[3 * i + 1], parts[3 * i + 2]
-            normalised = torch.addcmul(shift, self.norm(x), scales[3 * i])
-            x = torch.addcmul(x, gate, block(normalised))
-        return self.out(torch.addcmul(parts[-1], self.norm(x), scales[-2]))
+        for index, block in enumerate(self.blocks):
+            scale, shift, gate = parts[3 * index : 3 * index + 3]
+            x = torch.addcmul(x, gate, block(self._modulated(x, scale, shift)))
+        return self.out(self._modulated(x, *parts[-2:]))
+
+    def _modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        normalised = self.norm(x)
+        return torch.addcmul(normalised + shift, normalised, scale)
 
 
 _LINEAR = Adapter(nn.Linear, FastLinear, "feed_forward")

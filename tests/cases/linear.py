@@ -104,7 +104,7 @@ FEW_ROWS = [
     Case(**choice)
     for choice in pairwise(
         {
-            "rows": ((1,), (2,), (3, 1), (7,), (2, 4), (9,), (16,), (17,), (3, 11), (64,), (97,)),
+            "rows": ((1,), (2,), (3, 1), (7,), (2, 4), (9,), (16,), (17,), (3, 11), (64,), (129,)),
             "inner": (0, 31, 64, 100, 515),  # 1 below: no yardstick in one number's gradient
             "outer": (1, 3, 16, 17, 70),
             "dtype": DTYPES,
