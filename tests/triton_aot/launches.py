@@ -183,8 +183,9 @@ SOURCES = {
 }
 # Alike in their rows to a source that takes these at their largest: for sm_90, and in the report.
 ALIKE = (
-    "stream cross n77", "stream d64 f32", "packed d72", "backward d64 f32", "backward d256 f32",
-    "backward packed d64", "embed p14 float32",
+    "short n50", "stream cross n77", "stream d64 padding", "stream d64 f32", "packed d72",
+    "backward d64", "backward d64 f32", "backward d256 f32", "backward packed d64",
+    "embed p14 float32",
 )  # fmt: skip
 # sm_86 and sm_89 share instructions with sm_80 and limits with sm_120: what is largest is enough.
 LARGEST = (
