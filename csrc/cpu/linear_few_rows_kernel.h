@@ -20,7 +20,7 @@
 namespace patchgen_fast {
 namespace {
 
-// 24 (12) sums and the weights leave no register of 32 (16) unused; rows are read from memory.
+// 24 sums and 4 weights in 32 registers, or 12 and 2 in 16; rows are read from memory.
 constexpr int kFewTileRows = 6;
 constexpr int kFewTileColumns = kRegisters == 32 ? 4 : 2;
 constexpr int kFewTiles = kLanes / kFewTileColumns;  // across a strip
@@ -32,7 +32,8 @@ constexpr int kFewTiles = kLanes / kFewTileColumns;  // across a strip
 template <class Operand>
 constexpr int64_t kMostFewRows = Operand::kGroup == 1 ? 128 : 64;
 
-// Multiplications below which a thread more costs more than it saves: about 3 us of one core.
+// Multiplications that a thread gets at least: about 3 us of a core, near what waking one costs.
+// Reckoned, not measured.
 constexpr int64_t kLeastTask = 128 << 10;
 
 // How a tile brings in the next strip: the same rows, every `period`-th step from `phase` on.
