@@ -174,6 +174,9 @@ def test_packed_images_with_dropout_and_for_attention_maps():
         got, _ = adapter.packed_attention_function(module, *heads, **call)
     torch.testing.assert_close(got, expected)
     assert [tuple(w.shape) for _, w in weights] == [(1, 2, 5, 5), (1, 2, 7, 7)]
+    alone, _ = adapter.attention_function(module, *heads, None, is_causal=False)
+    batch, _ = adapter.packed_attention_function(module, *heads, is_causal=False)  # as RADIO asks
+    torch.testing.assert_close(batch, alone)
     dropped, _ = adapter.packed_attention_function(module, *heads, dropout=0.5, **call)
     assert dropped.shape == expected.shape
     assert not torch.allclose(dropped, expected)

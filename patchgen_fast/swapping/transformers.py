@@ -156,16 +156,21 @@ def packed_attention_function(
     scaling: float | None = None,
     is_causal: bool | None = None,
     *,
-    cu_seq_lens_q: Tensor,
-    cu_seq_lens_k: Tensor,
-    max_length_q: int,
-    max_length_k: int,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int = 0,
+    max_length_k: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls for packed images: `[1, H, T, D]` to `[1, T, H, D]`.
 
     Image s lies from token `cu_seq_lens_q[s]` to `cu_seq_lens_q[s + 1]`; each attends to itself.
+    Without those it is a batch like any other.
     """
+    if cu_seq_lens_q is None or cu_seq_lens_k is None:
+        return attention_function(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+        )
     state = state_of(module)
     if dropout > 0.0 or is_recording():  # `varlen_attention` has no dropout and no weights
         lengths = cu_seq_lens_q.diff().tolist()
