@@ -27,12 +27,16 @@ class FakeClock:
         self.now = 0
         self.worked = 0
         self.taken = 0
+        self.elsewhere = 0
 
     def wall(self) -> int:
         return self.now
 
     def cpu(self) -> int:
         return self.worked
+
+    def others(self) -> int:
+        return self.elsewhere
 
     def preemptions(self) -> int:
         return self.taken

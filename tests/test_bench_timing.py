@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -137,8 +140,31 @@ def test_several_threads_are_disturbed_by_what_takes_a_core_from_them(taken, und
     assert samples.undisturbed == undisturbed
 
 
+@pytest.mark.parametrize("cores", [0.05, 0.5])
+@pytest.mark.parametrize("single_thread", [True, False])
+def test_work_beside_several_threads_disturbs_them(cores, single_thread):
+    """Even where it never took a core from them while they were on it."""
+    clock = FakeClock()
+
+    def beside():
+        clock.spend(1 * MS)
+        clock.elsewhere += int(cores * MS)
+
+    samples = timing.measure({"a": beside}, PLAN, clock=clock, single_thread=single_thread)
+    assert samples.undisturbed == (single_thread or cores < PLAN.others)
+
+
 def test_the_machine_counts_what_takes_a_core():
     assert timing.SystemClock.preemptions() >= 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what other work takes")
+def test_the_machine_says_what_other_work_takes():
+    before, wall = timing.SystemClock.others(), timing.SystemClock.wall()
+    subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)
+    taken = timing.SystemClock.others() - before
+    assert 0 < taken
+    assert taken < 2 * (os.cpu_count() or 1) * (timing.SystemClock.wall() - wall)
 
 
 def test_a_long_call_still_gets_its_rounds():

@@ -5,7 +5,7 @@ clock frequency or a noisy neighbour falls on all contenders alike, and the rati
 survives it. A short sentinel loop of known work runs before and after each round; a round whose
 sentinel was slow, or in which a sample waited for the processor, is discarded as a whole; several
 threads wait for one another rightly, so theirs are discarded where other work took a core from
-them. On a machine that is never quiet, the quietest quarter of the rounds is kept and marked as
+them, and are marked as disturbed where other work ran beside them at all. On a machine that is never quiet, the quietest quarter of the rounds is kept and marked as
 disturbed, and a thread's samples count by the time that it worked, without that for which it
 waited. All rounds would not do: what shares vector units and caches slows eager more than ours.
 
@@ -15,6 +15,7 @@ Nothing here imports torch. The clock and the sentinel are arguments, so the tes
 from __future__ import annotations
 
 import math
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,13 +26,15 @@ import numpy as np
 
 
 class Clock(Protocol):
-    """Nanosecond clocks: elapsed time, and processor time of the whole process; and how often other
-    work has taken a core from it.
+    """Nanosecond clocks: elapsed time, processor time of the whole process and of all other work on
+    the machine; and how often other work has taken a core from this process.
     """
 
     def wall(self) -> int: ...
 
     def cpu(self) -> int: ...
+
+    def others(self) -> int: ...
 
     def preemptions(self) -> int: ...
 
@@ -41,6 +44,18 @@ class SystemClock:
 
     wall = staticmethod(time.perf_counter_ns)
     cpu = staticmethod(time.process_time_ns)
+
+    @staticmethod
+    def others() -> int:
+        """0 where the system does not say (only Linux does), as if there were no other work."""
+        try:
+            with open("/proc/stat") as file:
+                # user nice system idle iowait irq softirq steal, in ticks, summed over the cores
+                ticks = [int(field) for field in file.readline().split()[1:9]]
+        except OSError:
+            return 0
+        busy = sum(ticks) - ticks[3] - ticks[4]
+        return busy * 1_000_000_000 // os.sysconf("SC_CLK_TCK") - time.process_time_ns()
 
     @staticmethod
     def preemptions() -> int:
@@ -60,6 +75,7 @@ class Plan:
     sentinel_slack: float = 1.08  # a sentinel this much above its quiet time marks a disturbance
     waiting_slack: float = 0.03  # share of a sample not spent on the processor, one thread only
     preemptions: float = 50.0  # a second, beyond one a sample, several threads only
+    others: float = 0.1  # cores that other work took on average, several threads only
     quietest: float = 0.25  # share of the rounds that is kept of a machine that is never quiet
 
     def scaled(self, factor: float) -> Plan:
@@ -141,7 +157,7 @@ def measure(
     if sentinel:
         for _ in range(5):
             quiet.add(_sensed(sentinel, clock))
-    started = clock.wall()
+    others, started = clock.others(), clock.wall()
     for order in balanced_orders(list(contenders)):
         before = _sensed(sentinel, clock) if sentinel else 0.0
         measured = _round(order, contenders, repeats, clock)
@@ -165,6 +181,9 @@ def measure(
             break
     if len(good) < plan.min_rounds:
         good, samples.undisturbed = _quietest(rounds, plan, single_thread), False
+    others, elapsed_ns = clock.others() - others, clock.wall() - started
+    if not single_thread and others > plan.others * elapsed_ns:
+        samples.undisturbed = False
     samples.discarded = len(rounds) - len(good)
     for one in good:
         samples.sentinel_s.append(one.sentinel)
