@@ -9,9 +9,9 @@
 //     softmax  online, over the tile's scores
 //     values   lanes are dims; a tile's weighted sum, added to the running output
 //
-// While a tile's keys are read its values are brought in, and the other way round the next tile's
-// keys. Where batch and heads are few against the threads, the keys of a head are split between
-// tasks, whose running maxima, sums and outputs `attention_decode_join` joins in a fixed order.
+// What is read next is brought in meanwhile. Where batch and heads are few against the threads, the
+// keys of a head are split between tasks, whose running maxima, sums and outputs
+// `attention_decode_join` joins in a fixed order.
 //
 // bf16 keys multiply in pairs where the machine can; weights stay floats. Bytes moved: each operand
 // once, out and lse once.
@@ -25,7 +25,9 @@ namespace {
 
 constexpr int64_t kTile = 64;             // keys
 constexpr int64_t kLeastSplitKeys = 256;  // shorter splits cost more to join than they save
-constexpr int64_t kCacheLine = 64;
+constexpr int64_t kPage = 4096;
+constexpr int64_t kPagesAhead = 8;
+constexpr int64_t kBytesAhead = 4 * kPage;
 
 // Sizes that follow from the problem alone.
 template <class Math>
@@ -64,55 +66,43 @@ struct TileRows {
   int64_t next_stride, next_count;
   int64_t dim;
 
+  // Rows that follow each other are brought in kBytesAhead before they are read, on into the next
+  // head's; the addresses of their pages, which take longest to find, kPagesAhead before. Rows that
+  // lie apart: those of the next tile.
   PATCHGEN_FAST_INLINE_MEMBER void bring_next(int64_t row) const {
-    if (row < next_count) {
-      const char* from = reinterpret_cast<const char*>(next + row * next_stride);
-      for (int64_t b = 0; b < dim * static_cast<int64_t>(sizeof(Element)); b += kCacheLine) {
-        __builtin_prefetch(from + b, 0, 2);
+    const int64_t bytes = dim * static_cast<int64_t>(sizeof(Element));
+    if (stride == dim) {
+      const char* from = reinterpret_cast<const char*>(data + row * stride);
+      if (row * bytes % kPage < bytes) {
+        __builtin_prefetch(from + kPagesAhead * kPage);
       }
+      bring_row(from + kBytesAhead, bytes);
+    } else if (row < next_count) {
+      bring_row(next + row * next_stride, bytes);
     }
   }
 };
 
-// Lane i of the result is the sum of the lanes of vectors[i].
-template <int kCount>
-PATCHGEN_FAST_INLINE Vec sum_each(Vec (&vectors)[kCount]) {
-  constexpr int kHalf = kCount / 2;
-#pragma GCC unroll 16
-  for (int i = 0; i < kHalf; ++i) {
-    exchange<kHalf>(vectors[i], vectors[i + kHalf], std::make_integer_sequence<int, kLanes>{});
-    vectors[i] += vectors[i + kHalf];
-  }
-  if constexpr (kHalf == 1) {
-    return vectors[0];
-  } else {
-    Vec half[kHalf];
-#pragma GCC unroll 16
-    for (int i = 0; i < kHalf; ++i) {
-      half[i] = vectors[i];
-    }
-    return sum_each(half);
-  }
-}
-
-// One unit of kRows queries times the same unit of kLanes / kRows keys, added to `sums`.
-template <class Math, int kRows, bool kWhole, class Element>
-PATCHGEN_FAST_INLINE void multiply_unit(const float* queries, int64_t query_row,
-                                        const Element* const* keys, int64_t d, int64_t dim,
-                                        Vec (&sums)[kLanes]) {
+// kUnits units of kRows queries, from unit d on, times those of kLanes / kRows keys, added to
+// `sums`; a unit that is not whole stands alone. Key after key, as they lie in memory: hardware
+// foresees only reads in order.
+template <class Math, int kRows, int kUnits, class Element>
+PATCHGEN_FAST_INLINE void multiply_units(const float* queries, int64_t query_row,
+                                         const Element* const* keys, int64_t d, int64_t dims,
+                                         Vec (&sums)[kLanes]) {
   constexpr int kKeys = kLanes / kRows;
   constexpr int64_t kUnit = kLanes * Math::kGroup;
-  Vec query[kRows];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    query[r] = load(queries + r * query_row + d / Math::kGroup);
-  }
+  queries += d / Math::kGroup;
 #pragma GCC unroll 16
   for (int i = 0; i < kKeys; ++i) {
-    const Vec key = load_units<Math>(keys[i] + d, kWhole ? kUnit : dim - d);
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnits; ++u) {
+      const Vec key = load_units<Math>(keys[i] + d + u * kUnit, kUnits > 1 ? kUnit : dims);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      sums[r * kKeys + i] = Math::multiply_add(sums[r * kKeys + i], query[r], key);
+      for (int r = 0; r < kRows; ++r) {
+        Vec& sum = sums[r * kKeys + i];
+        sum = Math::multiply_add(sum, load(queries + r * query_row + u * kLanes), key);
+      }
     }
   }
 }
@@ -123,6 +113,7 @@ void decode_scores(const float* queries, int64_t query_row, const TileRows<Eleme
                    int64_t dim, float* scores, int64_t score_row) {
   constexpr int kKeys = kLanes / kRows;
   constexpr int64_t kUnit = kLanes * Math::kGroup;
+  constexpr int kUnits = 4 / Math::kGroup;
   for (int64_t j = 0; j < keys.count; j += kKeys) {
     const Element* rows[kKeys];
 #pragma GCC unroll 16
@@ -134,11 +125,11 @@ void decode_scores(const float* queries, int64_t query_row, const TileRows<Eleme
     }
     Vec sums[kLanes] = {};
     int64_t d = 0;
-    for (; d + kUnit <= dim; d += kUnit) {
-      multiply_unit<Math, kRows, true>(queries, query_row, rows, d, dim, sums);
+    for (; d + kUnits * kUnit <= dim; d += kUnits * kUnit) {
+      multiply_units<Math, kRows, kUnits>(queries, query_row, rows, d, kUnit, sums);
     }
-    if (d < dim) {
-      multiply_unit<Math, kRows, false>(queries, query_row, rows, d, dim, sums);
+    for (; d < dim; d += kUnit) {
+      multiply_units<Math, kRows, 1>(queries, query_row, rows, d, dim - d, sums);
     }
     const Vec products = sum_each(sums);
     float lanes[kLanes];

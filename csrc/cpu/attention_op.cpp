@@ -27,13 +27,6 @@ AttentionMask mask_of(const OptionalTensor& mask) {
           mask_stride(*mask, 1),  mask_stride(*mask, 2), mask_stride(*mask, 3)};
 }
 
-// Shape [batch, heads, tokens, dim] as `like`, over memory [batch, tokens, heads, dim].
-Tensor empty_rows(const Tensor& like) {
-  const Tensor memory = torch::stable::empty(
-      {like.size(0), like.size(2), like.size(1), like.size(3)}, like.scalar_type());
-  return torch::stable::transpose(memory, 1, 2);
-}
-
 void read_inputs(AttentionInputs& inputs, const Tensor& query, const Tensor& key,
                  const Tensor& value, const OptionalTensor& attn_mask,
                  const OptionalTensor& kv_lengths, const OptionalTensor& query_offset,
@@ -64,7 +57,7 @@ void decode(AttentionDecode& problem) {
   const AttentionPlan plan = kernels().attention_decode_plan(problem, threads.threads);
   std::optional<Tensor> partial;
   if (plan.workspace > 0) {
-    partial = torch::stable::empty({plan.workspace}, ScalarType::Float);
+    partial = new_tensor({plan.workspace}, ScalarType::Float);
     problem.partial = static_cast<float*>(partial->mutable_data_ptr());
   }
   for_each_task(threads, plan.tasks, plan.scratch_bytes, [&](int64_t task, void* scratch) {
@@ -84,9 +77,8 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value,
   calls.add();
   AttentionDecode problem{};
   read_inputs(problem, query, key, value, attn_mask, kv_lengths, query_offset, is_causal, scale);
-  Tensor out = empty_rows(query);
-  Tensor lse =
-      torch::stable::empty({problem.batch, problem.heads, problem.queries}, ScalarType::Float);
+  Tensor out = new_rows_like(query);
+  Tensor lse = new_tensor({problem.batch, problem.heads, problem.queries}, ScalarType::Float);
   problem.out = out.mutable_data_ptr();
   problem.lse = static_cast<float*>(lse.mutable_data_ptr());
 
@@ -110,10 +102,10 @@ Tensor with_dense_rows(const Tensor& tensor) {
 Tensor new_mask_gradient(AttentionBackward& problem, const OptionalTensor& mask, bool wanted,
                          ScalarType otherwise) {
   if (!wanted) {
-    return torch::stable::empty({0}, otherwise);
+    return new_tensor({0}, otherwise);
   }
-  Tensor grad = torch::stable::empty({mask->size(0), mask->size(1), mask->size(2), mask->size(3)},
-                                     mask->scalar_type());
+  Tensor grad =
+      new_tensor({mask->size(0), mask->size(1), mask->size(2), mask->size(3)}, mask->scalar_type());
   problem.mask_batch = mask->size(0);
   problem.mask_heads = mask->size(1);
   problem.mask_queries = mask->size(2);
@@ -140,7 +132,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   problem.lse = static_cast<const float*>(dense_lse.const_data_ptr());
   problem.grad_lse = data_or_null<float>(grad_lse);
 
-  Tensor grad_query = empty_rows(query), grad_key = empty_rows(key), grad_value = empty_rows(value);
+  Tensor grad_query = new_rows_like(query), grad_key = new_rows_like(key),
+         grad_value = new_rows_like(value);
   problem.grad_query = grad_query.mutable_data_ptr();
   problem.grad_key = grad_key.mutable_data_ptr();
   problem.grad_value = grad_value.mutable_data_ptr();
@@ -148,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
 
   const Parallel threads = torch_parallel();
   const AttentionPlan plan = kernels().attention_backward_plan(problem);
-  const Tensor statistics = torch::stable::empty({plan.workspace}, ScalarType::Float);
+  const Tensor statistics = new_tensor({plan.workspace}, ScalarType::Float);
   problem.statistics =
       plan.workspace == 0 ? nullptr : static_cast<float*>(statistics.mutable_data_ptr());
   for_each_task(threads, plan.tasks, plan.scratch_bytes, [&](int64_t task, void* scratch) {

@@ -76,12 +76,58 @@ inline void prefer_huge_pages(const Tensor& tensor) {
 #endif
 }
 
-// An uninitialised contiguous CPU tensor.
+// The C interface's number of a dtype.
+inline int32_t dtype_number(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
+    case ScalarType::Bool:
+      return aoti_torch_dtype_bool();
+    default:
+      throw std::invalid_argument(
+          "patchgen_fast CPU kernels: expected float32, bfloat16, float16, uint8 or bool");
+  }
+}
+
+// An uninitialised CPU tensor. Not by torch::stable::empty and transpose: these look their operator
+// up by its name at every call, which takes longer than a small kernel.
 template <size_t Dims>
-Tensor new_tensor(const int64_t (&sizes)[Dims], ScalarType type) {
-  Tensor tensor = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes, Dims), type);
+Tensor new_strided(const int64_t (&sizes)[Dims], const int64_t (&strides)[Dims], ScalarType type) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(Dims, sizes, strides, dtype_number(type),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor tensor(handle);
   prefer_huge_pages(tensor);
   return tensor;
+}
+
+// The same, contiguous.
+template <size_t Dims>
+Tensor new_tensor(const int64_t (&sizes)[Dims], ScalarType type) {
+  int64_t strides[Dims];
+  int64_t stride = 1;
+  for (size_t i = Dims; i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  return new_strided(sizes, strides, type);
+}
+
+// Shape [batch, heads, tokens, dim] as `like`, over memory [batch, tokens, heads, dim].
+inline Tensor new_rows_like(const Tensor& like) {
+  const int64_t batch = like.size(0), heads = like.size(1), tokens = like.size(2),
+                dim = like.size(3);
+  const auto one_at_least = [](int64_t size) { return size > 1 ? size : 1; };
+  const int64_t token = one_at_least(heads) * one_at_least(dim);
+  return new_strided({batch, heads, tokens, dim},
+                     {one_at_least(tokens) * token, one_at_least(dim), token, 1},
+                     like.scalar_type());
 }
 
 inline Tensor nothing(const Tensor& like) {

@@ -10,6 +10,16 @@
 namespace patchgen_fast {
 namespace {
 
+// One row, at once.
+template <bool kToWrite = false>
+inline void bring_row(const void* row, int64_t bytes) {
+  constexpr int64_t kLineBytes = 64;
+  for (int64_t b = 0; b < bytes; b += kLineBytes) {
+    __builtin_prefetch(static_cast<const char*>(row) + b, kToWrite, 2);
+  }
+}
+
+// Many rows, bit by bit.
 class Prefetch {
  public:
   // Appends `count` rows of `bytes` bytes, `stride` bytes apart.

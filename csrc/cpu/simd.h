@@ -8,8 +8,8 @@
 //
 //   Vec, VecInt, Half        kLanes floats, 32-bit integers, 16-bit integers
 //   broadcast load store     and load_partial, store_partial: the first `count` lanes, 0 elsewhere
-//   fma max min select       lane by lane
-//   sum_lanes max_lanes      over the lanes
+//   fma max min select square_root   lane by lane
+//   sum_lanes max_lanes      over the lanes; sum_each: of kLanes vectors at once
 //   transpose                of a kLanes x kLanes tile in registers
 //   join_lanes               sums over the lanes of several vectors, as one
 //   exp2_scaled add_log dot_pairs   simd_math.h
@@ -116,6 +116,19 @@ PATCHGEN_FAST_INLINE Vec min(Vec a, Vec b) {
 #endif
 }
 
+PATCHGEN_FAST_INLINE Vec square_root(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(v);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(v);
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    v[i] = __builtin_sqrtf(v[i]);
+  }
+  return v;
+#endif
+}
+
 // 0, 1, 2, ...
 template <int... I>
 PATCHGEN_FAST_INLINE VecInt iota(std::integer_sequence<int, I...>) {
@@ -159,6 +172,27 @@ PATCHGEN_FAST_INLINE void exchange(Vec& upper, Vec& lower, std::integer_sequence
   const Vec b = lower;
   upper = __builtin_shufflevector(a, b, (I & Step ? kLanes + I - Step : I)...);
   lower = __builtin_shufflevector(a, b, (I & Step ? kLanes + I : I + Step)...);
+}
+
+// Lane i of the result is the sum of the lanes of vectors[i].
+template <int kCount>
+PATCHGEN_FAST_INLINE Vec sum_each(Vec (&vectors)[kCount]) {
+  constexpr int kHalf = kCount / 2;
+#pragma GCC unroll 16
+  for (int i = 0; i < kHalf; ++i) {
+    exchange<kHalf>(vectors[i], vectors[i + kHalf], std::make_integer_sequence<int, kLanes>{});
+    vectors[i] += vectors[i + kHalf];
+  }
+  if constexpr (kHalf == 1) {
+    return vectors[0];
+  } else {
+    Vec half[kHalf];
+#pragma GCC unroll 16
+    for (int i = 0; i < kHalf; ++i) {
+      half[i] = vectors[i];
+    }
+    return sum_each(half);
+  }
 }
 
 // rows[i][j] becomes rows[j][i]: log2(kLanes) rounds, each swapping the off-diagonal blocks of
