@@ -59,14 +59,15 @@ def test_ops_under_each_instruction_set(name: str) -> None:
         chosen = _native.info_module().chosen_isa()
         assert chosen == {name!r}, chosen
         options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        tests = [f"tests/test_{{op}}.py" for op in ("attention", "linear", "patch_embed")]
+        ops = ("attention", "linear", "patch_embed", "qk_norm_rope")
+        tests = [f"tests/test_{{op}}.py" for op in ops]
         sys.exit(pytest.main([*options, "-m", "representative", "-k", "[cpu-", *tests]))
         """
     )
     done = forced(name, run)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= 25, done.stdout[-2000:]
+    assert passed and int(passed[1]) >= 37, done.stdout[-2000:]
 
 
 def test_an_instruction_set_that_is_not_there_is_an_error_not_a_fallback() -> None:

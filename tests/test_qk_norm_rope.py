@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from cases.qk_norm_rope import CASES, Case, call, check, problem
+from cases.qk_norm_rope import CASES, REPRESENTATIVE, Case, call, check, problem
 from oracle import Target, explicit_gradients, explicit_pairs
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
+def test_representative(case: Case, target: Target) -> None:
+    check(case, target)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -25,6 +25,18 @@ struct RowStatistics {
   float mean, rstd;
 };
 
+// Calls body(i, left) for the vectors of [0, width); `left` is a constant but in the last one.
+template <class Body>
+PATCHGEN_FAST_INLINE void for_vectors(int64_t width, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) {
+    body(i, static_cast<int64_t>(kLanes));
+  }
+  if (i < width) {
+    body(i, width - i);
+  }
+}
+
 // Two vectors of sums, so that one addition does not wait for the last.
 template <class Term>
 PATCHGEN_FAST_INLINE float sum_over_row(int64_t width, const Term& term) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "integers.h"
 
 namespace patchgen_fast {
 
@@ -40,9 +41,17 @@ struct QkNormRope {
   int64_t grad_stride_b, grad_stride_h;  // of both; 0 along what is broadcast
   float*
       partial;  // [tasks, 4, D]: each task's share of the gradients of q and k weight, q and k bias
+  int64_t task_images, task_tokens;  // of a task
+
+  // One image's tokens, or a few of all images where these share gradients that a task must own.
+  void cut_tasks(bool by_token) {
+    constexpr int64_t kTokens = 16, kTokensOfAllImages = 4;
+    task_images = by_token ? larger(1, batch) : 1;
+    task_tokens = by_token ? kTokensOfAllImages : kTokens;
+  }
+  int64_t tasks() const { return divide_up(batch, task_images) * divide_up(tokens, task_tokens); }
 };
 
-constexpr int64_t kRopeTokens = 16;         // of one image, of a forward task
-constexpr int64_t kRopeBackwardTokens = 4;  // of all images, of a backward task
+constexpr int64_t kRopeTokensAhead = 2;  // rows of so many tokens on are brought in
 
 }  // namespace patchgen_fast

@@ -22,17 +22,6 @@ QkNorm norm_named(const std::string& name) {
   throw std::invalid_argument("qk_norm_rope: expected norm none, rms or layer; got " + name);
 }
 
-int64_t blocks_of(int64_t tokens, int64_t block) {
-  return (tokens + block - 1) / block;
-}
-
-// [B, heads, N, D], in memory [B, N, heads, D].
-Tensor new_result(const Tensor& like) {
-  return torch::stable::transpose(
-      new_tensor({like.size(0), like.size(2), like.size(1), like.size(3)}, like.scalar_type()), 1,
-      2);
-}
-
 // The stride along `dim`, 0 where the tensor is broadcast along it.
 int64_t broadcast_stride(const Tensor& tensor, int64_t dim) {
   return tensor.size(dim) == 1 ? 0 : tensor.stride(dim);
@@ -100,12 +89,13 @@ std::tuple<Tensor, Tensor> qk_norm_rope(Tensor query, Tensor key, OptionalTensor
   calls.add();
   Arguments a(query, key, {q_weight, k_weight, q_bias, k_bias}, cos, sin, norm, eps, interleaved,
               num_prefix_tokens);
-  Tensor out_query = new_result(query);
-  Tensor out_key = new_result(key);
+  Tensor out_query = new_rows_like(query);
+  Tensor out_key = new_rows_like(key);
   a.q.tensors[0].out = out_query.mutable_data_ptr();
   a.q.tensors[1].out = out_key.mutable_data_ptr();
   const KernelTable& table = kernels();
-  for_each_task(torch_parallel(), a.q.batch * blocks_of(a.q.tokens, kRopeTokens), 0,
+  a.q.cut_tasks(false);
+  for_each_task(torch_parallel(), a.q.tasks(), 0,
                 [&](int64_t task, void*) { table.qk_norm_rope_forward(a.q, task); });
   return {out_query, out_key};
 }
@@ -139,8 +129,8 @@ EightTensors qk_norm_rope_backward(Tensor grad_query, Tensor grad_key, Tensor qu
   Arguments a(query, key, parameters, cos, sin, norm, eps, interleaved, num_prefix_tokens);
   const Tensor q_grad = last_stride_one(grad_query);
   const Tensor k_grad = last_stride_one(grad_key);
-  Tensor out_query = new_result(query);
-  Tensor out_key = new_result(key);
+  Tensor out_query = new_rows_like(query);
+  Tensor out_key = new_rows_like(key);
   set_gradient(a.q.tensors[0], q_grad, out_query);
   set_gradient(a.q.tensors[1], k_grad, out_key);
 
@@ -155,7 +145,8 @@ EightTensors qk_norm_rope_backward(Tensor grad_query, Tensor grad_key, Tensor qu
     a.q.grad_stride_b = broadcast_stride(grad_cos, 0);
     a.q.grad_stride_h = broadcast_stride(grad_cos, 1);
   }
-  const int64_t tasks = blocks_of(a.q.tokens, kRopeBackwardTokens);
+  a.q.cut_tasks(angle_grads);
+  const int64_t tasks = a.q.tasks();
   const Tensor partial = new_tensor({tasks, 4, a.q.width}, ScalarType::Float);
   Tensor sums = new_tensor({4, a.q.width}, ScalarType::Float);
   a.q.partial = static_cast<float*>(partial.mutable_data_ptr());

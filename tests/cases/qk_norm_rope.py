@@ -196,6 +196,7 @@ def _cases() -> list[Case]:
         Case(table="none", norm="rms", dim=7),
         Case(table="none", norm="layer", dim=33, dtype=torch.bfloat16),
         Case(batch=0),
+        Case(batch=0, table_grad=False),
         Case(tokens=4, prefix=4),
         Case(norm="layer", eps=0.1, dim=64),
         Case(norm="rms", eps=0.1, dim=64, dtype=torch.float16),
@@ -203,3 +204,16 @@ def _cases() -> list[Case]:
 
 
 CASES = _cases()
+
+# What every instruction set runs: more heads than go together on any of them, and no whole number
+# of times; halves of whole vectors and of parts; tables that need gradients and that need none.
+REPRESENTATIVE = [
+    Case(heads=(20, 18), dim=dim, dtype=dtype, norm=norm, interleaved=interleaved, **extra)
+    for dtype in DTYPES
+    for dim, norm, interleaved, extra in (
+        (64, "rms", False, {"table_grad": False, "prefix": 1}),
+        (72, "layer", False, {"table": "b1nd"}),
+        (40, "layer", True, {"table_grad": False, "layout": "strided"}),
+        (64, None, True, {"grad": "stride0", "weights": "none"}),
+    )
+]
