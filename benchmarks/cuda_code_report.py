@@ -194,7 +194,8 @@ def main() -> None:
     rows = rows_of(arguments.library)
     if missing := set(ARCHS) - {row.arch for row in rows}:
         raise SystemExit(f"no code for sm_{', sm_'.join(sorted(missing))} in it; {BUILD}")
-    write({"compiler": compiler(), "sources": digest(), "rows": [asdict(row) for row in rows]})
+    record = {"kind": "patchgen_fast.cuda_code", "compiler": compiler(), "sources": digest()}
+    write({**record, "rows": [asdict(row) for row in rows]})
     spills = [row for row in rows if row.spill_bytes]
     print(f"{len(rows)} kernels and architectures, {len(spills)} with spills: {RECORD}")
     for row in spills:

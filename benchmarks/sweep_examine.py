@@ -166,7 +166,7 @@ def _run(
         fell_back.update(counts["fell_back"])
     entry.fell_back = dict(fell_back)
     swap_report.undo()
-    if any(call.startswith(("attention.", "patch_embed.")) for call in ran):
+    if any(call.startswith(("attention.", "varlen_attention.", "patch_embed.")) for call in ran):
         entry.status = "partly" if any(entry.remaining) else "fully"
     runs = 1 if sum(p.numel() for p in model.parameters()) > MANY_PARAMETERS else 3
     runs = 1 if sum(p.numel() for p in model.parameters()) > MANY_PARAMETERS else 3
