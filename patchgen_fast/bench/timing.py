@@ -5,9 +5,10 @@ clock frequency or a noisy neighbour falls on all contenders alike, and the rati
 survives it. A short sentinel loop of known work runs before and after each round; a round whose
 sentinel was slow, or in which a sample waited for the processor, is discarded as a whole; several
 threads wait for one another rightly, so theirs are discarded where other work took a core from
-them, and are marked as disturbed where other work ran beside them at all. On a machine that is never quiet, the quietest quarter of the rounds is kept and marked as
-disturbed, and a thread's samples count by the time that it worked, without that for which it
-waited. All rounds would not do: what shares vector units and caches slows eager more than ours.
+them, and are marked as disturbed where other work ran beside them at all. On a machine that is
+never quiet, the quietest quarter of the rounds is kept and marked as disturbed, and a thread's
+samples count by the time that it worked, without that for which it waited. All rounds would not do:
+what shares vector units and caches slows eager more than ours.
 
 Nothing here imports torch. The clock and the sentinel are arguments, so the tests drive them.
 """
