@@ -169,7 +169,6 @@ def _run(
     if any(call.startswith(("attention.", "varlen_attention.", "patch_embed.")) for call in ran):
         entry.status = "partly" if any(entry.remaining) else "fully"
     runs = 1 if sum(p.numel() for p in model.parameters()) > MANY_PARAMETERS else 3
-    runs = 1 if sum(p.numel() for p in model.parameters()) > MANY_PARAMETERS else 3
     notes: list[str] = []
     entry.parity = _verdict(model, inputs, named, notes, gradients=False, runs=runs)
     if in_sample:
