@@ -171,6 +171,8 @@ def packed_attention_function(
         return attention_function(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
+    if is_causal is None:  # as in `attention_function`, whichever op serves
+        is_causal = getattr(module, "is_causal", True)
     state = state_of(module)
     if dropout > 0.0 or is_recording():  # `varlen_attention` has no dropout and no weights
         lengths = cu_seq_lens_q.diff().tolist()
