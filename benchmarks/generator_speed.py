@@ -68,7 +68,7 @@ class Step:
 
     def __init__(self, model: PatchGenerator, head: str, place: int, *, use_cache: bool) -> None:
         shape = model.config.transformer.patch_shape
-        self.model, self.head = model, model.heads[head]
+        self.model, self.draw = model, model.heads[head].sampler(SamplingOptions())
         self.noise = torch.randn(BATCH, model.config.patch_dim)
         self.memory = model.memory(LABELS)
         self.drawn = torch.rand(BATCH, place, *shape)
@@ -88,7 +88,7 @@ class Step:
             for layer in self.cache.layers:
                 layer.own.length = self.filled
         states = self.model.states(self.drawn, TASK.order, self.memory, self.cache)[:, -1]
-        self.model.to_patches(self.head.sample(states, self.noise, SamplingOptions()))
+        self.model.to_patches(self.draw(states, self.noise))
 
 
 def seconds(call: Callable[[], object]) -> float:

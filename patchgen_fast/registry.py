@@ -272,7 +272,10 @@ class Op:
         """Run the op on its NamedTuple of arguments, by the backend named or the fastest that
         accepts.
         """
-        name = dispatch.choose(self, args, backend)
+        return self.run(args, dispatch.choose(self, args, backend))
+
+    def run(self, args: Any, name: str) -> Any:
+        """Run the op by a backend that is known to accept these arguments."""
         if name in self.compositions:
             if not torch.compiler.is_compiling():
                 dispatch.count(f"{self.name}.{name}")
@@ -281,6 +284,22 @@ class Op:
                     return self.compositions[name](*args)
             return self.compositions[name](*args)
         return self.overloads[name](*args[: self.arity])
+
+    def takes_cpu_kernel(self, x: Any) -> bool:
+        """Whether a usual call on x, without a backend named, ends in the CPU kernel: nothing to
+        cast, and no gradients, for which another might be preferred.
+
+        Known without walking the order of backends, which takes longer than a small kernel. What
+        the kernel refuses of other arguments is not looked at.
+        """
+        return (
+            isinstance(x, Tensor)
+            and x.is_cpu
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and x.dtype != torch.float64
+            and self.backends["cpu"].unavailable is None
+        )
 
     def _backward_order(self, first: str, arguments: Any) -> Iterator[str]:
         """The forward's own backend, then the others; the table is asked only if it comes to that,

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from patchgen_fast import attention, dispatch
+from patchgen_fast import attention, dispatch, linear
 from patchgen_fast.dispatch import BACKENDS, BackendRefused, Refusal
 from patchgen_fast.ops.attention import OP
 from patchgen_fast.registry import OPS
@@ -60,6 +60,38 @@ def test_none_takes_the_first_that_accepts() -> None:
     with dispatch.counting() as ran:
         attention(*QKV, dropout_p=0.5)
     assert ran == {"attention.torch": 1}
+
+
+X, WEIGHT = torch.randn(3, 5, 8), torch.randn(6, 8)
+CALLS = {
+    "attention": lambda: attention(*QKV),
+    "causal, scaled": lambda: attention(*QKV, is_causal=True, scale=0.3),
+    "from an offset": lambda: attention(*QKV, is_causal=True, query_offset=1),
+    "masked": lambda: attention(*QKV, attn_mask=torch.eye(QKV[0].shape[2], dtype=torch.bool)),
+    "with its log-sum-exp": lambda: attention(*QKV, return_lse=True),
+    "in float64": lambda: attention(*(x.double() for x in QKV)),
+    "D of 300": lambda: attention(*(x.repeat(1, 1, 1, 38)[..., :300] for x in QKV)),
+    "D strided": lambda: attention(*(x.repeat_interleave(2, -1)[..., ::2] for x in QKV)),
+    "linear": lambda: linear(X, WEIGHT),
+    "with activation": lambda: linear(X, WEIGHT, X[0, 0, :6], activation="gelu"),
+    "with residual": lambda: linear(X, WEIGHT, residual=X[..., :6]),
+    "with residual, broadcast": lambda: linear(X, WEIGHT, residual=X[0, :, :6]),
+    "linear in float64": lambda: linear(X.double(), WEIGHT.double()),
+    "weight transposed": lambda: linear(X, WEIGHT.T.contiguous().T),
+    "named": lambda: linear(X, WEIGHT, backend="torch"),
+}
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_short_way_without_gradients_ends_where_the_long_one_does(call, cast: bool) -> None:
+    with torch.autocast("cpu", enabled=cast):
+        with dispatch.counting() as long:
+            wanted = call()
+        with dispatch.counting() as short, torch.no_grad():
+            got = call()
+    assert short == long
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def test_a_table_of_preference_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,11 +183,16 @@ BAD: list[tuple[str, Callable[[], None], type[Exception], tuple[str, ...]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("gradients", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("call, error, fragments", [b[1:] for b in BAD], ids=[b[0] for b in BAD])
 def test_a_bad_call_says_what_was_expected_and_what_came(
-    call: Callable[[], None], error: type[Exception], fragments: tuple[str, ...]
+    call: Callable[[], None], error: type[Exception], fragments: tuple[str, ...], gradients: bool
 ) -> None:
-    with dispatch.counting() as ran, pytest.raises(error) as caught:
+    with (
+        dispatch.counting() as ran,
+        torch.set_grad_enabled(gradients),
+        pytest.raises(error) as caught,
+    ):
         call()
     assert type(caught.value) is error, (
         f"{type(caught.value).__name__} rather than {error.__name__}"

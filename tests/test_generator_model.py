@@ -249,6 +249,57 @@ def test_the_swapped_flow_head_has_the_same_velocity_and_gradients():
     torch.testing.assert_close(fast, eager)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_the_swapped_flow_head_draws_the_same_patches(method, guidance):
+    """In double precision, where only the formula counts: nearly to the last digit."""
+    head = model(flow_depth=2).heads["flow"].double()
+    states, noise = torch.randn(6, 16).double(), torch.randn(6, head.out.out_features).double()
+    options = SamplingOptions(guidance, 0.7, steps=3, method=method)
+    noise = noise[:3] if guidance != 1.0 else noise
+
+    def drawn():
+        draw = head.sampler(options)
+        return draw(states, noise), draw(states.flip(0), noise), head.sample(states, noise, options)
+
+    with torch.inference_mode():
+        eager = drawn()
+        with patchgen_fast.swapped(head):
+            fast = drawn()
+            assert head._fast.calls == 3 * options.steps * (2 if method == "heun" else 1)
+            assert head.blocks[0]._fast.calls == head._fast.calls
+    torch.testing.assert_close(fast, eager, rtol=1e-12, atol=1e-12)
+
+
+def test_a_new_sampler_sees_what_was_written_to_any_weight():
+    """What a sampler keeps is gone with it."""
+    head = model(flow_depth=2).heads["flow"]
+    patchgen_fast.swap(head)
+    states, noise = torch.randn(3, 16), torch.randn(3, head.out.out_features)
+    options = SamplingOptions(steps=2)
+    with torch.inference_mode():
+        drawn = [head.sampler(options)(states, noise)]
+        for parameter in head.parameters():
+            parameter.mul_(1.5)
+            drawn.append(head.sampler(options)(states, noise))
+    assert all(not torch.equal(one, next) for one, next in zip(drawn, drawn[1:], strict=False))
+
+
+def test_a_hook_inside_the_swapped_flow_head_is_called_for_every_evaluation():
+    head = model(flow_depth=2).heads["flow"]
+    patchgen_fast.swap(head)
+    seen = []
+    inner = (head.input, head.norm, head.blocks[0], head.blocks[1].fc1, head.blocks[1].act)
+    for module in inner:
+        module.register_forward_hook(lambda module, args, out: seen.append(module))
+    with torch.inference_mode():
+        head.sample(
+            torch.randn(3, 16), torch.randn(3, head.out.out_features), SamplingOptions(steps=2)
+        )
+    calls = [sum(one is module for one in seen) for module in inner]
+    assert calls == [4, 12, 4, 4, 4]
+
+
 def test_equal_seeds_draw_equal_images_in_batches_of_any_size():
     made, labels = model(), torch.arange(7) % 10
     task, noise = Task(RASTER), noise_for(made, 7, 3)

@@ -97,14 +97,19 @@ inline int32_t dtype_number(ScalarType type) {
 
 // An uninitialised CPU tensor. Not by torch::stable::empty and transpose: these look their operator
 // up by its name at every call, which takes longer than a small kernel.
-template <size_t Dims>
-Tensor new_strided(const int64_t (&sizes)[Dims], const int64_t (&strides)[Dims], ScalarType type) {
+inline Tensor new_strided(int64_t dims, const int64_t* sizes, const int64_t* strides,
+                          ScalarType type) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(Dims, sizes, strides, dtype_number(type),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype_number(type),
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   prefer_huge_pages(tensor);
   return tensor;
+}
+
+template <size_t Dims>
+Tensor new_strided(const int64_t (&sizes)[Dims], const int64_t (&strides)[Dims], ScalarType type) {
+  return new_strided(Dims, sizes, strides, type);
 }
 
 // The same, contiguous.

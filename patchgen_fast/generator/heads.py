@@ -1,15 +1,17 @@
 """From the decoder's state to a patch: three heads.
 
-Each has the same two faces. `loss(states, targets, draws)` is what training minimises; targets are
+Each has the same faces. `loss(states, targets, draws)` is what training minimises; targets are
 normalised pixels `[B, n, d]` with d = C * P_h * P_w, states `[B, n, E]`. `sample(states, noise,
-...)` draws one patch `[B, d]` from states `[B, E]` and standard normal `noise` `[B, d]`. With
-classifier-free guidance (Ho and Salimans, 2022, arXiv:2207.12598) the states are `[2 B, E]`, the
-second half without the condition, and what the head predicts is moved from there by `guidance`.
+...)` draws one patch `[B, d]` from states `[B, E]` and standard normal `noise` `[B, d]`; `sampler`
+does so for every patch of a drawing. With classifier-free guidance (Ho and Salimans, 2022,
+arXiv:2207.12598) the states are `[2 B, E]`, the second half without the condition, and what the
+head predicts is moved from there by `guidance`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,7 +45,22 @@ def guided(predicted: Tensor, guidance: float) -> Tensor:
     return torch.lerp(untold, told, guidance)
 
 
-class MeanHead(nn.Module):
+class Head(nn.Module):
+    """What the heads share."""
+
+    def sample(self, states: Tensor, noise: Tensor, options: SamplingOptions) -> Tensor:
+        raise NotImplementedError
+
+    def sampler(self, options: SamplingOptions) -> Callable[[Tensor, Tensor], Tensor]:
+        """`sample(states, noise)` with these options, for the patches of one drawing.
+
+        The weights have to stay as they are meanwhile: what depends on them and on the options
+        alone may be computed once.
+        """
+        return lambda states, noise: self.sample(states, noise, options)
+
+
+class MeanHead(Head):
     """The mean of the patch, by mean squared error; for reconstruction, where little is unknown."""
 
     def __init__(self, dim: int, patch_dim: int) -> None:
@@ -59,7 +76,7 @@ class MeanHead(nn.Module):
         return guided(self.out(states), options.guidance)
 
 
-class PixelHead(nn.Module):
+class PixelHead(Head):
     """A distribution over `levels` grey levels for each pixel, by cross-entropy.
 
     The pixels of one patch are independent given the state. Levels lie evenly from `low` to `high`,
@@ -99,7 +116,7 @@ class PixelHead(nn.Module):
         return torch.lerp(self.low, self.high, share)
 
 
-class FlowHead(nn.Module):
+class FlowHead(Head):
     """A flow from noise to patches given the state, by flow matching.
 
     Along straight paths x_t = (1 - t) * noise + t * patch the network learns the velocity
@@ -166,18 +183,35 @@ class FlowHead(nn.Module):
     def sample(self, states: Tensor, noise: Tensor, options: SamplingOptions) -> Tensor:
         """Integrate from `temperature * noise` at t = 0 to a patch at t = 1."""
         of_state = self.state_modulation(states)
-        grid = torch.linspace(0, 1, options.steps + 1, device=noise.device, dtype=noise.dtype)
-        of_times = self.modulation_of_time(grid)
-        copies = 1 if options.guidance == 1.0 else 2
+        of_times = self.modulation_of_time(times_of(options, noise))
+        return integrate(
+            lambda x, step: self.velocity(x, of_state + of_times[step]), noise, options
+        )
 
-        def velocity(x: Tensor, step: int) -> Tensor:
-            both = x.repeat(copies, 1) if copies > 1 else x
-            return guided(self.velocity(both, of_state + of_times[step]), options.guidance)
 
-        x, dt = noise * options.temperature, 1 / options.steps
-        for step in range(options.steps):
-            begin = velocity(x, step)
-            if options.method == "heun":
-                begin = (begin + velocity(x + dt * begin, step + 1)) / 2
-            x = x + dt * begin
-        return x
+def times_of(options: SamplingOptions, like: Tensor) -> Tensor:
+    """The times from 0 to 1 `[steps + 1]` between which is integrated, in the dtype of `like`."""
+    return torch.linspace(0, 1, options.steps + 1, device=like.device, dtype=like.dtype)
+
+
+def integrate(
+    velocity: Callable[[Tensor, int], Tensor], noise: Tensor, options: SamplingOptions
+) -> Tensor:
+    """The solution `[B, d]` at t = 1 of dx/dt = velocity, from `temperature * noise` at t = 0.
+
+    `velocity(x, step)` is that of points `[B, d]` at `times_of(options)[step]`; with guidance, of
+    `[2 B, d]`, first with the condition and then without.
+    """
+    copies = 1 if options.guidance == 1.0 else 2
+
+    def at(x: Tensor, step: int) -> Tensor:
+        both = x.repeat(copies, 1) if copies > 1 else x
+        return guided(velocity(both, step), options.guidance)
+
+    x, dt = noise * options.temperature, 1 / options.steps
+    for step in range(options.steps):
+        begin = at(x, step)
+        if options.method == "heun":
+            begin = (begin + at(x + dt * begin, step + 1)) / 2
+        x = x + dt * begin
+    return x

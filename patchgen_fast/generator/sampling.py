@@ -82,13 +82,14 @@ def drawing(
         drawn = take_in_order(patchify(whole, config.patch_size), order)[:, : task.given]
         canvas[rows[:, None], order[:, : task.given]] = drawn.to(canvas.dtype)
     cache = model.decoder.new_cache(memory) if use_cache else None
+    draw = heads[name].sampler(options)
     order_of_copies = order.repeat(copies, 1)
     for step in range(task.given, config.num_patches):
         if not use_cache and step > task.given:
             drawn = take_in_order(canvas, order)[:, :step]
         past = None if drawn is None else drawn.repeat(copies, 1, 1, 1, 1)
         states = model.states(past, order_of_copies, memory, cache)[:, -1]
-        vectors = heads[name].sample(states, noise[:, step].to(states), options)
+        vectors = draw(states, noise[:, step].to(states))
         patches = model.to_patches(vectors)
         canvas[rows, order[:, step]] = patches
         drawn = patches[:, None]

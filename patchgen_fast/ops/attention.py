@@ -224,6 +224,21 @@ def _are_alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
+def _scale(scale: float | None, query: Tensor) -> float:
+    return 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+
+
+def _are_usual(query: Tensor, key: Tensor, value: Tensor, query_offset: Any) -> bool:
+    """Whether the CPU kernel takes the three as they are, from position 0."""
+    return (
+        _are_alike(query, key, value)
+        and isinstance(query_offset, int)
+        and query_offset == 0
+        and query.shape[3] <= MAX_HEAD_DIM
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+    )
+
+
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     if _are_alike(query, key, value):
         return
@@ -346,6 +361,18 @@ def attention(
         TypeError, ValueError: a wrong dtype, shape, device or value; BackendRefused: ``backend``
             can't run this call.
     """
+    if (
+        backend is None
+        and attn_mask is None
+        and kv_lengths is None
+        and not (dropout_p or return_lse)
+        and OP.takes_cpu_kernel(query)
+        and _are_usual(query, key, value, query_offset)
+    ):
+        args = AttentionArguments(
+            query, key, value, None, None, None, is_causal, _scale(scale, query), 0.0, False
+        )
+        return OP.run(args, "cpu")[0]
     query, key, value = autocast(query, key, value)
     _check_shapes(query, key, value, enable_gqa)
     if not 0.0 <= dropout_p <= 1.0:
@@ -359,7 +386,7 @@ def attention(
         _normalise_counts("kv_lengths", kv_lengths, query, 0, key.shape[2]),
         _normalise_counts("query_offset", offset, query, None, 0),
         is_causal,
-        1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale),
+        _scale(scale, query),
         dropout_p,
         return_lse,
     )

@@ -151,20 +151,19 @@ def _is_usual(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
     if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
         return False
     shape, dtype, device = input.shape, input.dtype, input.device
-
-    def alike(x: Tensor | None, wanted: tuple) -> bool:
-        return x is None or (
-            isinstance(x, Tensor) and x.shape == wanted and x.dtype == dtype and x.device == device
-        )
-
-    outer = weight.shape[0] if weight.dim() == 2 else -1
-    return (
-        len(shape) > 0
-        and dtype in FLOATS
-        and alike(weight, (outer, shape[-1]))
-        and alike(bias, (outer,))
-        and alike(residual, (*shape[:-1], outer))
-    )
+    if not shape or weight.dim() != 2 or dtype not in FLOATS:
+        return False
+    outer = weight.shape[0]
+    wanted = ((weight, (outer, shape[-1])), (bias, (outer,)), (residual, (*shape[:-1], outer)))
+    for x, its_shape in wanted:
+        if x is not None and not (
+            isinstance(x, Tensor)
+            and x.shape == its_shape
+            and x.dtype == dtype
+            and x.device == device
+        ):
+            return False
+    return True
 
 
 def _check_tensors(input: Tensor, weight: Tensor, **others: Any) -> None:
@@ -220,9 +219,11 @@ def linear(
         TypeError, ValueError: a wrong dtype, shape, device or value; BackendRefused: ``backend``
             can't run this call.
     """
-    input, weight, bias, residual = autocast(input, weight, bias, residual)
     name = activation or "none"
     _check_activation(name)
+    if backend is None and OP.takes_cpu_kernel(input) and _is_usual(input, weight, bias, residual):
+        return OP.run(LinearArguments(input, weight, bias, name, residual, False), "cpu")[0]
+    input, weight, bias, residual = autocast(input, weight, bias, residual)
     if not _is_usual(input, weight, bias, residual):
         _check_tensors(input, weight, bias=bias, residual=residual)
         if residual is not None:

@@ -204,10 +204,10 @@ class Timeline:
     @contextmanager
     def _ops(self) -> Iterator[None]:
         """Calls of our ops. One that has a parameter belongs to the layer that owns it."""
-        original = Op.__call__
+        original = Op.run
         timeline = self
 
-        def call(self: Op, args: Any, backend: str | None = None) -> Any:
+        def run(self: Op, args: Any, name: str) -> Any:
             layer, child = timeline._owner_of(args)
             if child and len(timeline.stack) > 1:
                 timeline.stack[-1] = Place(layer)
@@ -215,18 +215,18 @@ class Timeline:
             place = Place(timeline.stack[-1].layer, op)
             timeline._on_gradient(tuple(args), timeline.stack[-1])
             timeline._enter(place)
-            output = original(self, args, backend)
+            output = original(self, args, name)
             if timeline.on_call:
                 timeline.on_call(place, self, args, output)
             timeline._on_gradient(output, place)
             timeline._leave()
             return output
 
-        Op.__call__ = call  # type: ignore[method-assign]
+        Op.run = run  # type: ignore[method-assign]
         try:
             yield
         finally:
-            Op.__call__ = original  # type: ignore[method-assign]
+            Op.run = original  # type: ignore[method-assign]
 
     def _owner_of(self, args: Any) -> tuple[str, str]:
         """The layer that has one of these parameters, and the name in it of who owns that."""

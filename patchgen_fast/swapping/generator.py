@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..generator import heads
+from ..modules.fused import (
+    activation_name,
+    inactive,
+    linear_parameters,
+    plain_layer_norm,
+    unobserved,
+)
 from ..modules.linear import FastLinear
 from ..modules.state import FastLayer
+from ..ops.linear import linear
 from .adapters import Adapter
+from .patchgen import FastFeedForward
+
+Map = Callable[[Tensor], Tensor]
 
 
 class FastFlowHead(FastLayer, heads.FlowHead):
-    """The flow head, its modulations taken apart at once and applied to a block in three steps, not
-    four.
+    """The flow head: a modulation is applied in two steps instead of four, and a sample's
+    modulations are made for all times at once.
     """
 
     def velocity(self, x: Tensor, modulations: Tensor) -> Tensor:
@@ -28,6 +43,82 @@ class FastFlowHead(FastLayer, heads.FlowHead):
     def _modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         normalised = self.norm(x)
         return torch.addcmul(normalised + shift, normalised, scale)
+
+    def sample(self, states: Tensor, noise: Tensor, options: heads.SamplingOptions) -> Tensor:
+        return self.sampler(options)(states, noise)
+
+    def sampler(self, options: heads.SamplingOptions) -> Callable[[Tensor, Tensor], Tensor]:
+        evaluate, of_times = self._evaluation(), None
+
+        def draw(states: Tensor, noise: Tensor) -> Tensor:
+            nonlocal of_times
+            if of_times is None:
+                of_times = self._parts_of_time(heads.times_of(options, noise))
+            of_state = self.state_modulation(states).unflatten(-1, (-1, self.width))
+            parts = [part.unbind() for part in of_state.transpose(0, 1) + of_times]
+            return heads.integrate(lambda x, step: evaluate(x, parts[step]), noise, options)
+
+        return draw
+
+    def _evaluation(self) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
+        """`velocity(x, parts)` with the modulations' parts `[B, width]`, scales with their 1.
+
+        The children are looked at now, and not at each of their many calls.
+        """
+        first, last = _product(self.input), _product(self.out)
+        normalise, branches = _normalisation(self.norm), [_branch(block) for block in self.blocks]
+
+        def evaluate(x: Tensor, parts: Sequence[Tensor]) -> Tensor:
+            self._count_call()
+            *of_blocks, scale, shift = parts
+            x = first(x)
+            for index, branch in enumerate(branches):
+                own_scale, own_shift, gate = of_blocks[3 * index : 3 * index + 3]
+                x = torch.addcmul(
+                    x, gate, branch(torch.addcmul(own_shift, normalise(x), own_scale))
+                )
+            return last(torch.addcmul(shift, normalise(x), scale))
+
+        return evaluate
+
+    def _parts_of_time(self, times: Tensor) -> Tensor:
+        """The share of times `[T]` in the modulations, `[T, 3 depth + 2, 1, width]`, with the 1
+        of `1 + scale` in it.
+        """
+        parts = self.modulation_of_time(times).unflatten(-1, (-1, self.width))
+        ones = parts.new_zeros(parts.shape[1], 1)
+        ones[::3] = 1
+        return (parts + ones)[:, :, None]
+
+
+def _normalisation(norm: Any) -> Map:
+    """A layer normalisation, by its function where it may be read."""
+    if not plain_layer_norm(norm):
+        return norm
+    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+
+
+def _product(module: Any) -> Map:
+    """A linear map, by its weights where they may be read."""
+    parameters = linear_parameters(module)
+    return module if parameters is None else lambda x: F.linear(x, *parameters)
+
+
+def _branch(block: Any) -> Map:
+    """A feed-forward part, by its two products where its children may be read."""
+    if type(block) is not FastFeedForward or not unobserved(block):
+        return block
+    hidden, out = linear_parameters(block.fc1), linear_parameters(block.fc2)
+    name, backend = activation_name(block.act), block._backend("linear")
+    if not (hidden and out and name and inactive(block.drop1) and inactive(block.drop2)):
+        return block
+
+    def branch(x: Tensor) -> Tensor:
+        block._count_call()
+        return linear(linear(x, *hidden, activation=name, backend=backend), *out, backend=backend)
+
+    return branch
 
 
 _LINEAR = Adapter(nn.Linear, FastLinear, "feed_forward")
