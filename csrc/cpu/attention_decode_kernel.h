@@ -131,7 +131,7 @@ void decode_scores(const float* queries, int64_t query_row, const TileRows<Eleme
     for (; d < dim; d += kUnit) {
       multiply_units<Math, kRows, 1>(queries, query_row, rows, d, dim - d, sums);
     }
-    const Vec products = sum_each(sums);
+    const Vec products = join_lanes<1>(sums);
     float lanes[kLanes];
     store(lanes, products);
 #pragma GCC unroll 4

@@ -191,8 +191,7 @@ class ScoreGradient {
     pack_rows<Math>(view.element<Element>(tensor, rows.head, rows.query), tensor.token, rows.rows,
                     problem_.dim, sign, rows_, shape_.query_row);
     multiply_keys<Math>({rows_, shape_.query_row}, rows.rows, panel_keys, panel.keys,
-                        divide_up(view.visible(rows, panel), kLanes), shape_.steps, to,
-                        shape_.score_row, &ahead);
+                        view.visible(rows, panel), shape_.steps, to, shape_.score_row, &ahead);
   }
 
   static constexpr int kRowsAtOnce = 4;

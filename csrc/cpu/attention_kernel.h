@@ -179,7 +179,7 @@ class ForwardTask {
       return;
     }
     const int64_t vectors = divide_up(keys, kLanes);
-    score(block, panel, vectors);
+    score(block, panel, keys);
     const float factor = view_.to_natural * kLog2e;
     if (shape_.panels == 1) {
       softmax_block<Math>(work_.scores, shape_.score_row, block.rows, vectors, factor, block.maxima,
@@ -207,12 +207,12 @@ class ForwardTask {
   }
 
   // scores = sign(scale) * Q K^T, masked
-  void score(const Block& block, const KeyPanel& panel, int64_t vectors) {
+  void score(const Block& block, const KeyPanel& panel, int64_t keys) {
     pack_rows<Math>(view_.element<Element>(problem_.query, block.head, block.query),
                     problem_.query.token, block.rows, problem_.dim, view_.sign, work_.queries,
                     shape_.query_row);
-    multiply_keys<Math>({work_.queries, shape_.query_row}, block.rows, work_.keys, panel.keys,
-                        vectors, shape_.steps, work_.scores, shape_.score_row, &ahead_);
+    multiply_keys<Math>({work_.queries, shape_.query_row}, block.rows, work_.keys, panel.keys, keys,
+                        shape_.steps, work_.scores, shape_.score_row, &ahead_);
     view_.mask(block, panel, work_.scores, shape_.score_row);
   }
 

@@ -98,7 +98,7 @@ PATCHGEN_FAST_INLINE HeadStatistics head_statistics(const T* x, int64_t stride, 
       });
       sums[r] = sum;
     }
-    return sum_each(sums);
+    return join_lanes<1>(sums);
   };
   store(statistics.mean, mean);
   if (q.norm == QkNorm::layer) {
@@ -308,10 +308,10 @@ static void differentiate_norm(const QkNormRope& q, const HeadGroup<T>& group, c
   float means[kLanes] = {}, mean_products[kLanes] = {};
   const float inverse = 1.0f / static_cast<float>(q.width);
   if (q.norm == QkNorm::layer) {
-    store(means, sum_each(totals) * inverse);
+    store(means, join_lanes<1>(totals) * inverse);
   }
   if (q.norm != QkNorm::none) {
-    store(mean_products, sum_each(products) * inverse);
+    store(mean_products, join_lanes<1>(products) * inverse);
   }
   for (int64_t r = 0; r < group.rows; ++r) {
     const RopeRow<T> row = group.row(r);

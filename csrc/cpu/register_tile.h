@@ -6,6 +6,9 @@
 //     b [steps][vectors][kLanes]  units, one step every b_step
 //     c [rows][vectors * kLanes]  floats
 //
+// Where at most half the lanes of the last vector are in use, only that half is multiplied, at half
+// the cost on machines that take a wide vector in two halves (Zen 4); the other lanes become 0.
+//
 // A unit is one float (FloatMath) or a pair of bf16 numbers that are neighbours in the contraction
 // (PairMath); both are carried as the bits of a float. One tile holds rows x vectors accumulators:
 // 8 x 3, 6 x 4 or 5 x 5 of 32 registers, 6 x 2 or 4 x 3 of 16; per step it loads vectors + rows
@@ -26,6 +29,9 @@ struct FloatMath {
   static constexpr int kGroup = 1;      // numbers in one unit
   static constexpr int kExpDegree = 5;  // of the polynomial that gives them, where they are weights
   PATCHGEN_FAST_INLINE Vec multiply_add(Vec acc, Vec a, Vec b) { return fma(a, b, acc); }
+  PATCHGEN_FAST_INLINE NarrowVec multiply_add(NarrowVec acc, NarrowVec a, NarrowVec b) {
+    return a * b + acc;
+  }
 };
 
 struct PairMath {
@@ -33,6 +39,9 @@ struct PairMath {
   static constexpr int kExpDegree = 3;
   PATCHGEN_FAST_INLINE Vec multiply_add(Vec acc, Vec a, Vec b) {
     return dot_pairs(acc, bit_cast<Pairs>(a), bit_cast<Pairs>(b));
+  }
+  PATCHGEN_FAST_INLINE NarrowVec multiply_add(NarrowVec acc, NarrowVec a, NarrowVec b) {
+    return dot_pairs(acc, a, b);
   }
 };
 
@@ -73,83 +82,114 @@ struct Units {
   Units at(int64_t r, int64_t s) const { return {data + r * row + s * step, row, step}; }
 };
 
-template <class Math, int kRows, int kVectors, bool kAdd>
+// The operand that is read vector by vector: `count` of them a step.
+struct Vectors {
+  const float* data;
+  int64_t step;
+  int64_t count;
+  bool narrow_last = false;  // at most half the lanes of the last one are in use
+
+  Vectors at(int64_t s) const { return {data + s * step, step, count, narrow_last}; }
+};
+
+// Only the widest vectors are worth it, and only in the tiles that most products are made of.
+constexpr bool may_narrow(int vectors) {
+  return kLanes == 16 && vectors >= 3;
+}
+
+template <class Math, int kRows, int kVectors, bool kNarrowLast, bool kAdd>
 void tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
-          int64_t steps, float* c, int64_t c_row) {
-  Vec acc[kRows][kVectors] = {};
+          int64_t steps, float* c, int64_t c_row, LineWalk ahead) {
+  constexpr int kWhole = kVectors - (kNarrowLast ? 1 : 0);
+  Vec acc[kRows][kWhole] = {};
+  NarrowVec last[kRows] = {};
   for (int64_t step = 0; step < steps; ++step) {
-    Vec b_now[kVectors];
+    Vec b_now[kWhole];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kWhole; ++v) {
       b_now[v] = load(b + v * kLanes);
+    }
+    NarrowVec b_last{};
+    if constexpr (kNarrowLast) {
+      b_last = load_bits<NarrowVec>(b + kWhole * kLanes);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Vec a_now = broadcast(a[r * a_row]);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kWhole; ++v) {
         acc[r][v] = Math::multiply_add(acc[r][v], a_now, b_now[v]);
+      }
+      if constexpr (kNarrowLast) {
+        last[r] = Math::multiply_add(last[r], narrow(a_now), b_last);
       }
     }
     a += a_step;
     b += b_step;
+    ahead.bring_next();
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kWhole; ++v) {
       store(c + v * kLanes, kAdd ? acc[r][v] + load(c + v * kLanes) : acc[r][v]);
+    }
+    if constexpr (kNarrowLast) {
+      float* to = c + kWhole * kLanes;
+      store(to, widen(kAdd ? last[r] + load_bits<NarrowVec>(to) : last[r]));
     }
     c += c_row;
   }
 }
 
 using Tile = void (*)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*,
-                      int64_t);
+                      int64_t, LineWalk);
 
-template <class Math, int kVectors, bool kAdd, int... R>
+template <class Math, int kVectors, bool kNarrowLast, bool kAdd, int... R>
 constexpr auto tiles_of_rows(std::integer_sequence<int, R...>) {
   struct Row {
     Tile tiles[sizeof...(R)];
   };
-  return Row{{tile<Math, R + 1, kVectors, kAdd>...}};
+  return Row{{tile<Math, R + 1, kVectors, kNarrowLast, kAdd>...}};
 }
 
-// Any number of rows, up to kMaxVectors vectors. With `add`, the product is added to c. Between
-// tiles, `ahead` brings in what comes after.
-template <class Math, int kVectors = 1>
-void multiply(Units a, int64_t rows, const float* b, int64_t b_step, int64_t vectors, int64_t steps,
-              float* c, int64_t c_row, bool add = false, Prefetch* ahead = nullptr) {
-  if constexpr (kVectors < kMaxVectors) {
-    if (vectors > kVectors) {
-      multiply<Math, kVectors + 1>(a, rows, b, b_step, vectors, steps, c, c_row, add, ahead);
-      return;
+// Any number of rows, up to kMaxVectors vectors. With `add`, the product is added to c. Meanwhile
+// `ahead` brings in what comes after.
+template <class Math, int kVectors = 1, bool kNarrowLast = false>
+void multiply(Units a, int64_t rows, Vectors b, int64_t steps, float* c, int64_t c_row,
+              bool add = false, Prefetch* ahead = nullptr) {
+  if constexpr (kVectors < kMaxVectors && !kNarrowLast) {
+    if (b.count > kVectors) {
+      return multiply<Math, kVectors + 1>(a, rows, b, steps, c, c_row, add, ahead);
+    }
+  }
+  if constexpr (may_narrow(kVectors) && !kNarrowLast) {
+    if (b.narrow_last) {
+      return multiply<Math, kVectors, true>(a, rows, b, steps, c, c_row, add, ahead);
     }
   }
   constexpr int kRows = max_rows(kVectors);
   using Rows = std::make_integer_sequence<int, kRows>;
-  static constexpr auto storing = tiles_of_rows<Math, kVectors, false>(Rows{});
-  static constexpr auto adding = tiles_of_rows<Math, kVectors, true>(Rows{});
+  static constexpr auto storing = tiles_of_rows<Math, kVectors, kNarrowLast, false>(Rows{});
+  static constexpr auto adding = tiles_of_rows<Math, kVectors, kNarrowLast, true>(Rows{});
   const Tile* tiles = add ? adding.tiles : storing.tiles;
   for (int64_t r = 0; r < rows; r += kRows) {
-    const int64_t count = smaller(rows - r, kRows);
-    tiles[count - 1](a.data + r * a.row, a.row, a.step, b, b_step, steps, c + r * c_row, c_row);
-    if (ahead != nullptr) {
-      ahead->advance();
-    }
+    const LineWalk lines = ahead != nullptr ? ahead->take(steps) : LineWalk(c);
+    tiles[smaller(rows - r, kRows) - 1](a.data + r * a.row, a.row, a.step, b.data, b.step, steps,
+                                        c + r * c_row, c_row, lines);
   }
 }
 
 // The same over a long contraction, whose running sum would gather rounding errors: floats in runs
 // of at most kRun steps, each summed on its own. Beside the rounding of bf16 they do not show.
 template <class Math>
-void multiply_in_runs(Units a, int64_t rows, const float* b, int64_t b_step, int64_t vectors,
-                      int64_t steps, float* c, int64_t c_row, Prefetch* ahead = nullptr) {
+void multiply_in_runs(Units a, int64_t rows, Vectors b, int64_t steps, float* c, int64_t c_row,
+                      Prefetch* ahead = nullptr) {
   const int64_t longest = Math::kGroup > 1 ? steps : rows <= kFewRows ? kShortRun : kRun;
   const int64_t run = divide_up(steps, larger(1, divide_up(steps, longest)));
   for (int64_t step = 0; step < steps; step += run) {
-    multiply<Math>(a.at(0, step), rows, b + step * b_step, b_step, vectors,
-                   smaller(run, steps - step), c, c_row, step > 0, ahead);
+    multiply<Math>(a.at(0, step), rows, b.at(step), smaller(run, steps - step), c, c_row, step > 0,
+                   ahead);
   }
 }
 
@@ -160,21 +200,24 @@ void multiply_rows(Units a, int64_t rows, const float* b, int64_t columns, int64
   const int64_t vectors = columns / kLanes;
   for (int64_t first = 0; first < vectors;) {
     const int64_t width = tile_vectors(vectors - first);
-    multiply<Math>(a, rows, b + first * kLanes, columns, width, steps, c + first * kLanes, columns,
-                   add, ahead);
+    multiply<Math>(a, rows, {b + first * kLanes, columns, width}, steps, c + first * kLanes,
+                   columns, add, ahead);
     first += width;
   }
 }
 
 // Lanes are keys: b holds `panel_keys` keys as `pack_keys` leaves them; the product with the first
-// `vectors` vectors of them.
+// `keys` of them, 0 up to whole vectors.
 template <class Math>
-void multiply_keys(Units a, int64_t rows, const float* b, int64_t panel_keys, int64_t vectors,
+void multiply_keys(Units a, int64_t rows, const float* b, int64_t panel_keys, int64_t keys,
                    int64_t steps, float* c, int64_t c_row, Prefetch* ahead = nullptr) {
   const int64_t panel_vectors = divide_up(panel_keys, kLanes);
+  const int64_t vectors = divide_up(keys, kLanes);
   for (int64_t first = 0; first < vectors;) {
     const int64_t width = tile_vectors(panel_vectors - first);
-    multiply_in_runs<Math>(a, rows, b, width * kLanes, smaller(width, vectors - first), steps,
+    const int64_t count = smaller(width, vectors - first);
+    const bool narrow_last = keys <= (first + count) * kLanes - kLanes / 2;
+    multiply_in_runs<Math>(a, rows, {b, width * kLanes, count, narrow_last}, steps,
                            c + first * kLanes, c_row, ahead);
     b += width * kLanes * steps;
     first += width;

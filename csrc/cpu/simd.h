@@ -7,11 +7,12 @@
 // of two, maxima in one instruction, rounding to 16 bits.
 //
 //   Vec, VecInt, Half        kLanes floats, 32-bit integers, 16-bit integers
+//   NarrowVec narrow widen   half as many floats; the first half of a Vec; with zeros, a Vec
 //   broadcast load store     and load_partial, store_partial: the first `count` lanes, 0 elsewhere
 //   fma max min select square_root   lane by lane
-//   sum_lanes max_lanes      over the lanes; sum_each: of kLanes vectors at once
+//   sum_lanes max_lanes      over the lanes
 //   transpose                of a kLanes x kLanes tile in registers
-//   join_lanes               sums over the lanes of several vectors, as one
+//   join_lanes               sums over the lanes of several vectors, as one vector
 //   exp2_scaled add_log dot_pairs   simd_math.h
 #pragma once
 
@@ -58,6 +59,7 @@ constexpr int kRegisters = 16;
 #endif
 
 using Vec = float __attribute__((vector_size(kLanes * 4)));
+using NarrowVec = float __attribute__((vector_size(kLanes * 2)));
 using VecInt = int32_t __attribute__((vector_size(kLanes * 4)));
 using VecUint = uint32_t __attribute__((vector_size(kLanes * 4)));
 using Half = uint16_t __attribute__((vector_size(kLanes * 2)));
@@ -141,6 +143,24 @@ PATCHGEN_FAST_INLINE VecInt iota() {
 
 // -- permutations ---------------------------------------------------------------------------------
 
+template <int... I>
+PATCHGEN_FAST_INLINE NarrowVec narrow(Vec v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, I...);
+}
+
+PATCHGEN_FAST_INLINE NarrowVec narrow(Vec v) {
+  return narrow(v, std::make_integer_sequence<int, kLanes / 2>{});
+}
+
+template <int... I>
+PATCHGEN_FAST_INLINE Vec widen(NarrowVec v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, NarrowVec{}, I...);
+}
+
+PATCHGEN_FAST_INLINE Vec widen(NarrowVec v) {
+  return widen(v, std::make_integer_sequence<int, kLanes>{});
+}
+
 template <int Distance, int... I>
 PATCHGEN_FAST_INLINE Vec swap_lanes(Vec v, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(v, v, (I ^ Distance)...);
@@ -172,27 +192,6 @@ PATCHGEN_FAST_INLINE void exchange(Vec& upper, Vec& lower, std::integer_sequence
   const Vec b = lower;
   upper = __builtin_shufflevector(a, b, (I & Step ? kLanes + I - Step : I)...);
   lower = __builtin_shufflevector(a, b, (I & Step ? kLanes + I : I + Step)...);
-}
-
-// Lane i of the result is the sum of the lanes of vectors[i].
-template <int kCount>
-PATCHGEN_FAST_INLINE Vec sum_each(Vec (&vectors)[kCount]) {
-  constexpr int kHalf = kCount / 2;
-#pragma GCC unroll 16
-  for (int i = 0; i < kHalf; ++i) {
-    exchange<kHalf>(vectors[i], vectors[i + kHalf], std::make_integer_sequence<int, kLanes>{});
-    vectors[i] += vectors[i + kHalf];
-  }
-  if constexpr (kHalf == 1) {
-    return vectors[0];
-  } else {
-    Vec half[kHalf];
-#pragma GCC unroll 16
-    for (int i = 0; i < kHalf; ++i) {
-      half[i] = vectors[i];
-    }
-    return sum_each(half);
-  }
 }
 
 // rows[i][j] becomes rows[j][i]: log2(kLanes) rounds, each swapping the off-diagonal blocks of

@@ -121,5 +121,13 @@ PATCHGEN_FAST_INLINE Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
 #endif
 }
 
+PATCHGEN_FAST_INLINE NarrowVec dot_pairs(NarrowVec acc, NarrowVec a, NarrowVec b) {
+#if defined(__AVX512BF16__)
+  return _mm256_dpbf16_ps(acc, bit_cast<__m256bh>(a), bit_cast<__m256bh>(b));
+#else
+  return narrow(dot_pairs(widen(acc), bit_cast<Pairs>(widen(a)), bit_cast<Pairs>(widen(b))));
+#endif
+}
+
 }  // namespace
 }  // namespace patchgen_fast
