@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "native/build_facts.h"
 #include "native/calibration.h"
+#include "native/handover.h"
 #include "native/machine.h"
 
 namespace py = pybind11;
@@ -78,6 +79,11 @@ py::dict measure_clock(int samples) {
   return as_dict(result);
 }
 
+double measure_handover(int samples) {
+  py::gil_scoped_release release;
+  return native::measure_handover(samples);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native_info, m) {
@@ -102,4 +108,7 @@ PYBIND11_MODULE(_native_info, m) {
         py::arg("threads") = 1, py::arg("samples") = 25,
         "Bytes per second of 'read', or read and written by 'copy', in buffers of that size.");
   m.def("measure_clock", &measure_clock, py::arg("samples") = 25, "Cycles per second of one core.");
+  m.def(
+      "measure_handover", &measure_handover, py::arg("samples") = 8,
+      "Seconds that a cache line takes between the first two CPUs of this process; 0: not known.");
 }

@@ -81,6 +81,18 @@ def test_what_lies_within_the_scatter_of_rounds_is_no_change(tmp_path):
     assert any(note.startswith("scatter hides changes under ") for note in notes)
 
 
+@pytest.mark.parametrize("handovers, moved", [((40e-9, 190e-9), True), ((40e-9, 55e-9), False)])
+def test_cores_that_lie_apart_in_one_run_alone_have_no_verdict(tmp_path, handovers, moved):
+    results = measured(tmp_path), measured(tmp_path, ours=2.6)
+    for result, handover in zip(results, handovers, strict=True):
+        result.cases[0].handover_s = handover
+    assert verdict(*results) == (("disturbed", 0) if moved else ("slower", 1))
+    notes = compare.compare(*results).changes[0].notes
+    assert ("from core to core in 40 ns before, 190 ns now" in notes) == moved
+    results[0].cases[0].handover_s = None  # of a version that did not measure it
+    assert verdict(*results) == ("slower", 1)
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_several_threads_that_were_disturbed_have_no_verdict(tmp_path, which):
     results = measured(tmp_path), measured(tmp_path, ours=2.6)

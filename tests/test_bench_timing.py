@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from bench_fakes import MS, PLAN, FakeClock
 
-from patchgen_fast.bench import stats, timing
+from patchgen_fast.bench import calibrate, stats, timing
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7])
@@ -152,6 +152,36 @@ def test_work_beside_several_threads_disturbs_them(cores, single_thread):
 
     samples = timing.measure({"a": beside}, PLAN, clock=clock, single_thread=single_thread)
     assert samples.undisturbed == (single_thread or cores < PLAN.others)
+
+
+@pytest.mark.parametrize("single_thread", [True, False])
+def test_rounds_with_the_cores_apart_are_discarded(single_thread):
+    """What a round takes there is left out, and how far apart the cores were is kept."""
+    clock, rounds = FakeClock(), itertools.count()
+    apart = [False]
+
+    def handover():
+        apart[0] = next(rounds) % 3 == 1
+        return 190e-9 if apart[0] else 45e-9
+
+    samples = timing.measure(
+        {"a": lambda: clock.spend((3 if apart[0] else 2) * MS)},
+        PLAN,
+        clock=clock,
+        handover=handover,
+        single_thread=single_thread,
+    )
+    assert samples.handover_s == (None if single_thread else 45e-9)
+    assert (samples.discarded > 0) != single_thread and samples.undisturbed
+    assert samples.seconds["a"] == pytest.approx([2e-3] * samples.rounds)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps a thread on a core")
+def test_a_line_takes_time_from_core_to_core():
+    handover = calibrate.make_handover()
+    if handover is None:
+        pytest.skip("one core alone")
+    assert 1e-9 < handover() < 1e-3
 
 
 def test_the_machine_counts_what_takes_a_core():

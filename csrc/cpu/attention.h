@@ -37,7 +37,6 @@ struct AttentionInputs {
   const int32_t* query_offset;  // [batch] or null
   bool is_causal;
   float scale;
-  int64_t ahead;     // how many tasks later a thread's next one comes, about; 0: not known
   int64_t lse_head;  // rows of lse, and of its gradient, from one head to the next
 
   // Where a row stands in lse.

@@ -29,8 +29,7 @@ class BackwardTask {
         shape_(problem),
         gradient_(problem, shape_, carver),
         view_(task_view(problem, task)),
-        next_view_(task_view(problem,
-                             smaller(task + problem.ahead, problem.batch * problem.kv_heads - 1))),
+        next_view_(task_view(problem, smaller(task + 1, problem.batch * problem.kv_heads - 1))),
         group_(problem.heads / problem.kv_heads) {
     key_rows_ = carver.floats(shape_.panel / Math::kGroup * shape_.columns);
     grad_key_ = carver.floats(shape_.panel * shape_.columns);

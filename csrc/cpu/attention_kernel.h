@@ -99,7 +99,7 @@ class ForwardTask {
         shape_(problem),
         work_(shape_, plan.chunk, scratch),
         view_(task_view(problem, plan, task)),
-        next_view_(task_view(problem, plan, smaller(task + problem.ahead, plan.tasks - 1))),
+        next_view_(task_view(problem, plan, smaller(task + 1, plan.tasks - 1))),
         first_block_(task % plan.chunks * plan.chunk),
         last_block_(smaller(first_block_ + plan.chunk, shape_.blocks)) {}
 

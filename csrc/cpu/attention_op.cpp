@@ -46,7 +46,6 @@ void read_inputs(AttentionInputs& inputs, const Tensor& query, const Tensor& key
   inputs.query_offset = data_or_null<int32_t>(query_offset);
   inputs.is_causal = is_causal;
   inputs.scale = static_cast<float>(scale);
-  inputs.ahead = torch_parallel().threads;
   inputs.lse_head = inputs.queries;
 }
 

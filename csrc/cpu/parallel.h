@@ -1,9 +1,10 @@
 // How kernels are spread over threads, without naming a threading library.
 //
 // The boundary passes torch's parallel_for, which obeys torch.set_num_threads; a test passes a
-// plain loop. Tasks are claimed one by one from a shared counter, so that a slow core or an uneven
-// task leaves nobody waiting; results never depend on who ran a task, as each task owns its
-// outputs.
+// plain loop. Each thread starts with its own share of the tasks, always the same run of them, so
+// that what one operator wrote is read by the next on the core that has it in its cache; then it
+// takes over what slower threads have left. Results never depend on who ran a task, as each task
+// owns its outputs.
 #pragma once
 
 #include <atomic>
@@ -66,31 +67,42 @@ class Scratch {
 template <class Body>
 void for_each_task(const Parallel& parallel, int64_t tasks, size_t scratch_bytes,
                    const Body& body) {
+  constexpr int64_t kMaxShares = 64;
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
   struct Shared {
-    std::atomic<int64_t> next{0};
-    int64_t tasks;
+    Share shares[kMaxShares];
+    int64_t count, workers;
     size_t scratch_bytes;
     const Body* body;
   } shared;
-  shared.tasks = tasks;
+  const int64_t workers = tasks < parallel.threads ? tasks : parallel.threads;
+  shared.count = workers < kMaxShares ? workers : kMaxShares;
+  shared.workers = workers;
   shared.scratch_bytes = scratch_bytes;
   shared.body = &body;
-  const auto worker = [](int64_t, int64_t, void* context) {
+  for (int64_t i = 0; i < shared.count; ++i) {
+    shared.shares[i].next.store(tasks * i / shared.count, std::memory_order_relaxed);
+    shared.shares[i].end = tasks * (i + 1) / shared.count;
+  }
+  const auto work = [](int64_t index, int64_t, void* context) {
     auto* s = static_cast<Shared*>(context);
-    int64_t task = s->next.fetch_add(1, std::memory_order_relaxed);
-    if (task >= s->tasks) {
-      return;
-    }
     void* scratch = Scratch::get(s->scratch_bytes);
-    for (; task < s->tasks; task = s->next.fetch_add(1, std::memory_order_relaxed)) {
-      (*s->body)(task, scratch);
+    const int64_t own = index * s->count / s->workers;
+    for (int64_t i = 0; i < s->count; ++i) {
+      Share& share = s->shares[(own + i) % s->count];
+      int64_t task = share.next.fetch_add(1, std::memory_order_relaxed);
+      for (; task < share.end; task = share.next.fetch_add(1, std::memory_order_relaxed)) {
+        (*s->body)(task, scratch);
+      }
     }
   };
-  const int64_t workers = tasks < parallel.threads ? tasks : parallel.threads;
-  if (workers <= 1) {
-    worker(0, 1, &shared);
-  } else {
-    parallel.run(0, workers, 1, worker, &shared);
+  if (workers == 1) {
+    work(0, 1, &shared);
+  } else if (workers > 1) {
+    parallel.run(0, workers, 1, work, &shared);
   }
 }
 

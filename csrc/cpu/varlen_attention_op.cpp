@@ -88,7 +88,6 @@ struct Sequences {
       p.query_offset = &shifts[s];
       p.is_causal = is_causal;
       p.scale = static_cast<float>(scale);
-      p.ahead = torch_parallel().threads;
       p.lse_head = query.size(0);
     }
   }

@@ -97,6 +97,24 @@ def _best(call: Callable[[], object], seconds: float) -> float:
     return min(times)
 
 
+IDLE_S = 0.008  # until the threads of OpenMP's pool, which spin after their work, sleep
+
+
+def make_handover() -> Callable[[], float] | None:
+    """Seconds that a cache line takes from core to core now; None where nothing measures it."""
+    from patchgen_fast import _native
+
+    module = _native.info_module()
+    if module is None or module.measure_handover(1) == 0.0:
+        return None
+
+    def handover() -> float:
+        time.sleep(IDLE_S)
+        return float(module.measure_handover())
+
+    return handover
+
+
 def make_sentinel(microseconds: float = 80.0) -> Callable[[], object]:
     """A loop of constant work on registers alone, for the timing core to sense disturbances.
 

@@ -11,8 +11,8 @@ A slower kernel of ours shows against every peer; a peer that had a bad run show
 alone. The test takes rounds of a run for independent, which they are not where other work takes
 turns with ours: hence the condition on scatter. A case of several threads that was disturbed in
 either run has no verdict, and says so: a thread that waits for one whose core was taken waits in
-eager and in ours for other lengths, whatever their kernels. Absolute times are compared as well,
-and only warn.
+eager and in ours for other lengths, whatever their kernels. Nor has one whose cores shared a cache
+in one run and not in the other. Absolute times are compared as well, and only warn.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Gate:
     scatters: float = 1.0
     significance: float = 0.01
     time_warning: float = 0.15  # absolute times that changed by more than this are mentioned
+    apart: float = 1.6  # handovers from core to core that differ more are those of other cores
     blind: float = 0.15  # scatter that hides larger changes than this is mentioned
 
 
@@ -130,10 +131,20 @@ def _judge(old: CaseResult | None, new: CaseResult, gate: Gate) -> Change:
     change.verdict = least.verdict if len(names) == 1 else "same"
     if new.device == "cpu" and new.threads > 1 and not (old.undisturbed and new.undisturbed):
         change.verdict = "disturbed"
+    if moved := _moved(old.handover_s, new.handover_s, gate):
+        change.verdict = "disturbed"
+        change.notes.append(moved)
     hidden = min(one.hidden for one in verdicts)
     if hidden > gate.blind:
         change.notes.append(f"scatter hides changes under {hidden:.0%}")
     return change
+
+
+def _moved(old_s: float | None, new_s: float | None, gate: Gate) -> str:
+    """That the cores lie nearer or farther than they did, if so."""
+    if not old_s or not new_s or max(old_s, new_s) <= gate.apart * min(old_s, new_s):
+        return ""
+    return f"from core to core in {old_s * 1e9:.0f} ns before, {new_s * 1e9:.0f} ns now"
 
 
 def _paired(peer: Cell, old: CaseResult) -> Cell | None:

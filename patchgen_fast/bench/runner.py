@@ -57,6 +57,7 @@ class Options:
     peers: tuple[str, ...] = ()  # only these peers; empty: all
     clock: cpu_timing.Clock | None = None  # tests put in their own
     sentinel: Callable[[], object] | None = None
+    handover: Callable[[], float] | None = None  # None: not measured
     build: Callable[[Case], Problem] | None = None  # None: problems.build
     calibrate: Callable[[str, int], Calibration | None] | None = None
     progress: Progress = field(default=lambda event, case, text: None)
@@ -172,6 +173,7 @@ def _time(
             options.plan,
             clock=options.clock,
             sentinel=sentinel,
+            handover=options.handover,
             single_thread=result.threads == 1,
             on_round=lambda kept, dropped: options.progress(
                 "step", case, f"{kept} rounds" + (f", {dropped} disturbed" if dropped else "")
@@ -309,6 +311,7 @@ def fill_in(result: CaseResult, samples: cpu_timing.Samples) -> None:
         )
         if cell is not ours:
             cell.speedup_of_ours = paired_ratio(values, own)
+    result.handover_s = samples.handover_s
     result.undisturbed = samples.undisturbed and steady(samples.seconds.values(), own)
 
 

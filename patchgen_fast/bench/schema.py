@@ -119,6 +119,7 @@ class CaseResult(msgspec.Struct, kw_only=True):
     rounds: int = 0
     discarded_rounds: int = 0
     undisturbed: bool = True
+    handover_s: float | None = None  # a cache line from core to core, several threads only
     gpu_before: GpuState | None = None
     gpu_after: GpuState | None = None
     seconds_spent: float = 0.0

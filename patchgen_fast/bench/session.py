@@ -27,7 +27,7 @@ def measure(
     earlier: ResultFile | None,
 ) -> ResultFile:
     """Run the cases into the file at `path`; against `earlier`, what got slower once more."""
-    from patchgen_fast.bench import environment, progress, results, runner, timing
+    from patchgen_fast.bench import calibrate, environment, progress, results, runner, timing
     from patchgen_fast.bench.schema import ResultFile, Settings
 
     plan = timing.QUICK if quick else timing.FULL
@@ -48,7 +48,13 @@ def measure(
         )
     writer = results.ResultWriter(path, result)
     with progress.shown(len(chosen), quiet=quiet) as report:
-        options = runner.Options(plan=plan, quick=quick, peers=peers, progress=report)
+        options = runner.Options(
+            plan=plan,
+            quick=quick,
+            peers=peers,
+            handover=calibrate.make_handover(),
+            progress=report,
+        )
         runner.run(chosen, writer, options)
         if earlier is not None:
             _measure_again(chosen, writer, options, earlier)

@@ -10,6 +10,10 @@ never quiet, the quietest quarter of the rounds is kept and marked as disturbed,
 samples count by the time that it worked, without that for which it waited. All rounds would not do:
 what shares vector units and caches slows eager more than ours.
 
+A virtual machine's processors may be moved apart and together again. Whether they share a cache
+shows in how long a line takes from one to the other; with several threads it is measured before
+each round, and rounds with the cores farther apart than in the nearest ones are discarded.
+
 Nothing here imports torch. The clock and the sentinel are arguments, so the tests drive them.
 """
 
@@ -76,6 +80,7 @@ class Plan:
     sentinel_slack: float = 1.08  # a sentinel this much above its quiet time marks a disturbance
     waiting_slack: float = 0.03  # share of a sample not spent on the processor, one thread only
     preemptions: float = 50.0  # a second, beyond one a sample, several threads only
+    apart: float = 2.0  # a handover this many times the shortest is one between other cores
     others: float = 0.1  # cores that other work took on average, several threads only
     quietest: float = 0.25  # share of the rounds that is kept of a machine that is never quiet
 
@@ -99,6 +104,7 @@ class Samples:
     calls_per_sample: dict[str, int]
     discarded: int = 0
     undisturbed: bool = True
+    handover_s: float | None = None  # of the kept rounds, from core to core; None: not measured
     sentinel_s: list[float] = field(default_factory=list)
 
     @property
@@ -137,6 +143,7 @@ def measure(
     *,
     clock: Clock | None = None,
     sentinel: Callable[[], object] | None = None,
+    handover: Callable[[], float] | None = None,
     single_thread: bool = True,
     on_round: Callable[[int, int], None] | None = None,
 ) -> Samples:
@@ -144,6 +151,7 @@ def measure(
 
     contenders: name -> a function of no arguments; its result is dropped.
     sentinel: a short loop of constant work; None trusts the clocks alone.
+    handover: seconds that a cache line takes from core to core now; asked for with several threads.
     single_thread: compare elapsed with processor time (one thread only: with more, a thread
         that waits for its team waits rightly).
     on_round: called with (kept rounds, discarded rounds).
@@ -159,18 +167,23 @@ def measure(
         for _ in range(5):
             quiet.add(_sensed(sentinel, clock))
     others, started = clock.others(), clock.wall()
+    if single_thread:
+        handover = None
     for order in balanced_orders(list(contenders)):
+        distance = handover() if handover else 0.0
         before = _sensed(sentinel, clock) if sentinel else 0.0
         measured = _round(order, contenders, repeats, clock)
         after = _sensed(sentinel, clock) if sentinel else 0.0
         quiet.add(before)
         quiet.add(after)
-        rounds.append(measured._replace(sentinel=max(before, after)))
+        rounds.append(measured._replace(sentinel=max(before, after), handover=distance))
+        nearest = min(one.handover for one in rounds)
         good = [
             one
             for one in rounds
             if not one.interrupted(plan, single_thread)
             and not quiet.exceeded(one.sentinel, plan.sentinel_slack)
+            and one.handover <= plan.apart * nearest
         ]
         bad = len(rounds) - len(good)
         if on_round:
@@ -186,6 +199,8 @@ def measure(
     if not single_thread and others > plan.others * elapsed_ns:
         samples.undisturbed = False
     samples.discarded = len(rounds) - len(good)
+    if handover:
+        samples.handover_s = float(np.median([one.handover for one in good]))
     for one in good:
         samples.sentinel_s.append(one.sentinel)
         by_work = single_thread and not samples.undisturbed
@@ -202,6 +217,7 @@ class Round(NamedTuple):
     waited: float  # the largest share of a sample spent off the processor
     preempted: float  # the most times a second that a core was taken away, beyond once a sample
     sentinel: float = 0.0  # seconds of the slower of the two around it
+    handover: float = 0.0  # seconds from core to core before it; 0 where nobody asks
 
     def interrupted(self, plan: Plan, single_thread: bool) -> bool:
         """Whether other work got in between."""
