@@ -8,6 +8,8 @@ host_cost_driver.c, whose functions return at once, and tensors lie on the CPU, 
 takes about as long as from torch's cache on a GPU. So what is not in the figures is the driver's
 own time, and nothing is computed: the kernels are compiled, for sm_90, and never run.
 
+The last column records gradients: the forward alone.
+
 Of many short rounds the least counts: what the code takes where nothing interrupts it.
 """
 
@@ -20,8 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,26 +42,37 @@ def stand_in(folder: Path) -> ctypes.CDLL:
 
 
 def become_a_gpu(ops: set[str]) -> None:
-    """Makes Triton launch on the stand-in, and the "triton" backend take tensors on the CPU."""
+    """Makes Triton launch on the stand-in, and all that asks for a GPU take the CPU for one."""
     import triton
     from triton.backends.nvidia.driver import CudaDriver
 
     import patchgen_fast
+    from patchgen_fast import dispatch
+    from patchgen_fast.ops import _checks, _refusals
     from patchgen_fast.registry import OPS
-    from patchgen_fast.triton import launch
+    from patchgen_fast.triton import launch, thresholds
+
+    def is_for_triton(args: Any) -> bool:
+        device = args[0].device
+        return device.type != "cpu" or _refusals._older_than_ampere(device)
 
     driver = CudaDriver()
     driver.get_device_capability = lambda device=0: (9, 0)
     driver.get_current_device = lambda: 0
     driver.get_current_stream = lambda device: 0
     triton.runtime.driver.set_active(driver)
-    launch.capability.__code__ = (lambda tensor: 90).__code__  # launchers hold the function itself
+    # Code is exchanged where others hold the function itself.
+    launch.capability.__code__ = (lambda tensor: 90).__code__
+    _checks.is_readable.__code__ = (lambda x: x.device.type == "cuda").__code__
+    thresholds._on_gpu.__code__ = (lambda args: args[0].device.type == "cpu").__code__
+    thresholds._rules = tuple((64, 1 << 30, training, "triton") for training in (False, True))
+    dispatch._ORDERS["cpu"] = dispatch._ORDERS["cuda"]
+    refuse = dispatch.Refusal("device", "made up", is_for_triton)
     for op in ops:
         getattr(patchgen_fast, op)  # imports the op, which registers it
         backend = OPS[op].backends["triton"]
         backend.unavailable = None
-        backend.refuses = tuple(r for r in backend.refuses if r.code != "device")
-        backend.refuses_backward = tuple(r for r in backend.refuses_backward if r.code != "device")
+        backend.refuses = tuple(refuse if r.code == "device" else r for r in backend.refuses)
 
 
 def microseconds(call: Callable[[], Any]) -> float:
@@ -74,8 +88,20 @@ def microseconds(call: Callable[[], Any]) -> float:
     return least / CALLS * 1e6
 
 
-def cases() -> dict[str, tuple[str, Callable[[], Any], Callable]]:
-    """The op, a public call on small tensors, and the launcher that it ends in."""
+class Case(NamedTuple):
+    """A public call on small tensors, the launcher that it ends in, and what may learn."""
+
+    name: str
+    op: str
+    call: Callable[[], Any]
+    launcher: Callable
+    learning: tuple[Any, ...]
+
+
+def cases() -> list[Case]:
+    """One call of every op, and of attention's kernels; by the backend that a user is given, but
+    for patch_unembed, where that is torch.
+    """
     import torch
 
     import patchgen_fast as fast
@@ -86,93 +112,108 @@ def cases() -> dict[str, tuple[str, Callable[[], Any], Callable]]:
     def half(*shape: int) -> torch.Tensor:
         return torch.randn(shape).bfloat16()
 
+    def attention(name: str, *qkv: torch.Tensor, **options: Any) -> Case:
+        call = partial(fast.attention, *qkv, **options)
+        return Case(f"attention, {name}", "attention", call, attend.attention, qkv)
+
     def packed(batch: int, tokens: int) -> torch.Tensor:
         return half(batch, tokens, 3, 3, 64).permute(2, 0, 3, 1, 4)
 
-    def attention(q, k, v, **options) -> Callable[[], Any]:
-        return lambda: fast.attention(q, k, v, backend="triton", **options)
-
-    cache, lengths = half(2, 3, 1024, 64), torch.full((2,), 200, dtype=torch.int32)
-    rows, offsets = half(400, 3, 3, 64).unbind(1), torch.tensor([0, 100, 400], dtype=torch.int32)
-    q, k, v = packed(2, 197)
+    query, cache = half(2, 3, 1, 64), half(2, 3, 1024, 64)
+    lengths = torch.full((2,), 200, dtype=torch.int32)
+    rows, offsets = half(40, 3, 3, 64).unbind(1), torch.tensor([0, 10, 40], dtype=torch.int32)
+    q, k, _ = packed(2, 197)
     ones, table = torch.ones(64), torch.rand(1, 1, 197, 64)
     images = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
     weight, bias, places, three = half(96, 3, 16, 16), half(96), half(16, 96), torch.rand(3)
     tokens, back = half(2, 16, 96), half(96, 3, 4, 4)
     x, scale = half(2, 50, 768), half(768)
-    return {
-        "attention, 197 tokens": ("attention", attention(q, k, v), attend.attention),
-        "attention, 729 tokens": ("attention", attention(*packed(1, 729)), attend.attention),
-        "attention, 1 query, lengths, 2 kernels": (
-            "attention",
-            attention(q[:, :, :1], cache, cache, kv_lengths=lengths),
-            attend.attention,
-        ),
-        "varlen_attention, 2 fills": (
+    return [
+        attention("197 tokens", *packed(2, 197)),
+        attention("729 tokens", *packed(1, 729)),
+        attention("1 query, lengths, 2 kernels", query, cache, cache, kv_lengths=lengths),
+        Case(
+            "varlen_attention, 2 fills",
             "varlen_attention",
-            lambda: fast.varlen_attention(*rows, offsets, offsets, 300, 300, backend="triton"),
+            lambda: fast.varlen_attention(*rows, offsets, offsets, 30, 30),
             varlen_attention.varlen_attention,
+            rows,
         ),
-        "qk_norm_rope": (
+        Case(
+            "qk_norm_rope",
             "qk_norm_rope",
             lambda: fast.qk_norm_rope(
-                q, k, norm="rms", q_weight=ones, k_weight=ones, cos_sin=(table, table),
-                backend="triton",
+                q, k, norm="rms", q_weight=ones, k_weight=ones, cos_sin=(table, table)
             ),
             qk_norm_rope.qk_norm_rope,
+            (q, k, ones),
         ),
-        "patch_embed of uint8": (
+        Case(
+            "patch_embed of uint8",
             "patch_embed",
             lambda: fast.patch_embed(
-                images, weight, bias, pos_embed=places, mean=three, std=three, backend="triton"
+                images, weight, bias, pos_embed=places, mean=three, std=three
             ),
             patch_embed.patch_embed,
+            (weight, bias, places),
         ),
-        "patch_unembed": (
+        Case(
+            "patch_unembed",
             "patch_unembed",
             lambda: fast.patch_unembed(tokens, back, grid_size=(4, 4), backend="triton"),
             patch_unembed.patch_unembed,
+            (tokens, back),
         ),
-        "add_layer_norm": (
+        Case(
             "add_layer_norm",
-            lambda: fast.add_layer_norm(x, x, scale, scale, backend="triton"),
+            "add_layer_norm",
+            lambda: fast.add_layer_norm(x, x, scale, scale),
             norm.add_layer_norm,
+            (x, scale),
         ),
-    }  # fmt: skip
+    ]  # fmt: skip
 
 
-def launched_with(op: str, call: Callable[[], Any]) -> tuple:
+def launched_with(case: Case) -> tuple:
     """The arguments that a public call ends in."""
     from patchgen_fast.registry import OPS
 
-    overloads, seen = OPS[op].overloads, []
-    overload = overloads["triton"]
-    overloads["triton"] = lambda *args: seen.append(args) or overload(*args)
+    calls, seen = OPS[case.op].calls, []
+    usual = calls["triton"]
+    calls["triton"] = lambda *args: seen.append(args) or usual(*args)
     try:
-        call()
+        case.call()
     finally:
-        overloads["triton"] = overload
+        calls["triton"] = usual
     return seen[0]
+
+
+def figures(case: Case) -> list[float]:
+    """Microseconds of the launcher, of its work anew, and of the call in each of torch's modes."""
+    import torch
+
+    args = launched_with(case)
+    found = [
+        microseconds(partial(case.launcher, *args)),
+        microseconds(partial(case.launcher.__wrapped__, *args)),  # type: ignore[attr-defined]
+    ]
+    for tensor in case.learning:
+        tensor.requires_grad_()
+    for context in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with context():
+            found.append(microseconds(case.call))
+    return found
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         driver = stand_in(Path(folder))
-        import torch
-
         listed = cases()
-        become_a_gpu({op for op, *_ in listed.values()})
-        print(f"{'microseconds':42} launcher  its work anew  inference_mode  no_grad")
-        for name, (op, call, launcher) in listed.items():
-            args = launched_with(op, call)
-            figures = [
-                microseconds(lambda launcher=launcher, args=args: launcher(*args)),
-                microseconds(lambda launcher=launcher, args=args: launcher.__wrapped__(*args)),
-            ]
-            for context in (torch.inference_mode, torch.no_grad):
-                with context():
-                    figures.append(microseconds(call))
-            print(name.ljust(42) + "{:8.1f}{:15.1f}{:16.1f}{:9.1f}".format(*figures))
+        become_a_gpu({case.op for case in listed})
+        print(f"{'microseconds':42} launcher  its work anew  inference_mode  no_grad  gradients")
+        for case in listed:
+            line = "{:8.1f}{:15.1f}{:16.1f}{:9.1f}{:11.1f}".format(*figures(case))
+            print(case.name.ljust(42) + line, flush=True)
         print(f"{driver.launches_so_far()} launches")
 
 

@@ -22,13 +22,23 @@ if TYPE_CHECKING:
 
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
 
-# On a GPU Triton serves until a CUDA C++ kernel has been measured faster for a shape; an op's table
-# then puts that one first.
-_ORDER = {
-    "cpu": ("cpu", "torch", "reference"),
-    "cuda": ("triton", "cuda", "torch", "reference"),
+
+
+def _orders(*names: str) -> dict[str | None, tuple[str, ...]]:
+    """Those names in turn, and the same with any one backend before the others."""
+    orders: dict[str | None, tuple[str, ...]] = {None: names}
+    for first in BACKENDS:
+        orders[first] = (first, *[name for name in names if name != first])
+    return orders
+
+
+# By device, then by what an op's own table puts first. On a GPU Triton serves until a CUDA C++
+# kernel has been measured faster for a shape.
+_ORDERS = {
+    "cpu": _orders("cpu", "torch", "reference"),
+    "cuda": _orders("triton", "cuda", "torch", "reference"),
 }
-_ORDER_ELSEWHERE = ("torch", "reference")
+_ORDERS_ELSEWHERE = _orders("torch", "reference")
 
 
 class Refusal(NamedTuple):
@@ -62,9 +72,8 @@ class BackendRefused(ValueError):
 
 def order(op: Op, args: Any) -> tuple[str, ...]:
     """Backends by preference for these arguments: by device, then by the op's own thresholds."""
-    names = _ORDER.get(args[0].device.type, _ORDER_ELSEWHERE)
-    first = op.prefer(args) if op.prefer is not None else None
-    return names if first is None else (first, *[name for name in names if name != first])
+    orders = _ORDERS.get(args[0].device.type, _ORDERS_ELSEWHERE)
+    return orders[op.prefer(args) if op.prefer is not None else None]
 
 
 def choose(op: Op, args: Any, backend: str | None = None) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _native, dispatch
+from . import _native, dispatch, eager
 from .dispatch import Refusal
 
 NAMESPACE = "patchgen_fast"
@@ -73,6 +73,8 @@ AUTOCAST_DEVICES = frozenset(
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of x; False for devices that have none, as meta."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     device = x.device.type
     return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
@@ -148,11 +150,11 @@ class Op:
         OPS[self.name] = self
         for backend in KERNEL_BACKENDS:
             self._define(backend)
+            self._define_backward(backend)
             self.backends[backend] = Backend(
                 backend, unavailable=f"{self.name} has no {backend} kernel yet"
             )
         self._define_backward("reference")
-        self._implement(f"{self.name}_backward", "reference", self.reference_backward)
         self.backends["reference"] = Backend("reference", has_backward=True)
         self.backends["torch"] = Backend(
             "torch", unavailable=f"{self.name} has no torch composition"
@@ -167,6 +169,9 @@ class Op:
             name: getattr(backward_packet, name) for name in (*KERNEL_BACKENDS, "reference")
         }
         register_flop_formula(backward_packet)(self.backward_flops)
+        self.calls = dict[str, Callable](self.overloads)
+        self.backward_calls = dict[str, Callable](self.backward_overloads)
+        self._implement_backward("reference", self.reference_backward)
 
     # --------------------------------------------------------------------- registration of backends
 
@@ -201,6 +206,8 @@ class Op:
         self.backends[backend] = Backend(
             backend, refuses, refuses_backward, reason, reason is None and native["_backward"]
         )
+        self._shorten(backend, None)
+        self._shorten_backward(backend, None)
 
     def _native_kernel(self, operator: str, backend: str, wrapper: Callable | None) -> bool:
         """Whether the library has the kernel; a wrapped one is registered on the way."""
@@ -224,9 +231,9 @@ class Op:
         unavailable: str | None = None,
     ) -> None:
         """A backend in Python: launchers named ``"module:function"``, imported when called."""
-        self._implement(self.name, backend, lazily(forward))
+        self._implement(backend, lazily(forward))
         if backward is not None:
-            self._implement(f"{self.name}_backward", backend, lazily(backward))
+            self._implement_backward(backend, lazily(backward))
         self.backends[backend] = Backend(
             backend,
             refuses,
@@ -239,14 +246,17 @@ class Op:
         _library.define(f"{self.name}.{backend}{self.schema}")
         qualified = f"{NAMESPACE}::{self.name}.{backend}"
         torch.library.register_fake(qualified, self.fake, lib=_library)
-        self._define_backward(backend)
+        torch.library.register_autograd(
+            qualified, self.backward, setup_context=self._saver(backend), lib=_library
+        )
 
+    def _saver(self, backend: str) -> Callable:
         def save(ctx: Any, inputs: tuple, output: Any) -> None:
             ctx.set_materialize_grads(False)
             ctx.backend = backend
             self.save(ctx, inputs, output)
 
-        torch.library.register_autograd(qualified, self.backward, setup_context=save, lib=_library)
+        return save
 
     def _define_backward(self, backend: str) -> None:
         _library.define(f"{self.name}_backward.{backend}{self.backward_schema}")
@@ -262,9 +272,26 @@ class Op:
 
         torch.library.register_autograd(qualified, refuse, lib=_library)
 
-    def _implement(self, operator: str, backend: str, implementation: Callable) -> None:
-        call = f"{operator}.{backend}"
-        _library.impl(call, counted(call, implementation), "CompositeExplicitAutograd")
+    def _implement(self, backend: str, implementation: Callable) -> None:
+        call = f"{self.name}.{backend}"
+        kernel = counted(call, implementation)
+        _library.impl(call, kernel, "CompositeExplicitAutograd")
+        self._shorten(backend, kernel)
+
+    def _implement_backward(self, backend: str, implementation: Callable) -> None:
+        call = f"{self.name}_backward.{backend}"
+        kernel = counted(call, implementation)
+        _library.impl(call, kernel, "CompositeExplicitAutograd")
+        self._shorten_backward(backend, kernel)
+
+    def _shorten(self, backend: str, kernel: Callable | None) -> None:
+        overload = self.overloads[backend]
+        formula = eager.formula(overload, kernel, self._saver(backend), self.backward)
+        self.calls[backend] = eager.short_cut(overload, kernel, formula)
+
+    def _shorten_backward(self, backend: str, kernel: Callable | None) -> None:
+        overload = self.backward_overloads[backend]
+        self.backward_calls[backend] = eager.short_cut(overload, kernel)
 
     # -------------------------------------------------------------------------------------- running
 
@@ -283,7 +310,8 @@ class Op:
                 with torch.autocast(args[0].device.type, enabled=False):
                     return self.compositions[name](*args)
             return self.compositions[name](*args)
-        return self.overloads[name](*args[: self.arity])
+        calls = self.overloads if torch.compiler.is_compiling() else self.calls
+        return calls[name](*args[: self.arity])
 
     def takes_cpu_kernel(self, x: Any) -> bool:
         """Whether a usual call on x, without a backend named, ends in the CPU kernel: nothing to
@@ -317,5 +345,8 @@ class Op:
             backend = self.backends[name]
             runs = name in self.backward_overloads and backend.has_backward
             if runs and backend.refusal(arguments, backward=True) is None:
-                return self.backward_overloads[name](*args)
+                calls = self.backward_calls
+                if torch.compiler.is_compiling():
+                    calls = self.backward_overloads
+                return calls[name](*args)
         raise AssertionError("unreachable: the reference's backward refuses nothing")

@@ -34,7 +34,7 @@ def slow_down(op: str, factor: float) -> None:
     missing = declared.backends["cpu"].unavailable
     if missing is not None:
         raise SystemExit(f"nothing to slow down: {missing}")
-    declared.overloads["cpu"] = slowed(declared.overloads["cpu"], factor)
+    declared.calls["cpu"] = slowed(declared.calls["cpu"], factor)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,13 @@ def check_shape(op: str, name: str, x: Tensor | None, *allowed: tuple) -> None:
     raise ValueError(f"{op}: expected {name} of shape {wanted}; got {describe(x)}")
 
 
+def is_like(x: Any, shape: tuple, device: torch.device, dtypes: tuple) -> bool:
+    """Whether ``x`` is a tensor of that shape, on that device, in one of the dtypes."""
+    return (
+        isinstance(x, Tensor) and x.shape == shape and x.dtype in dtypes and x.device == device
+    )
+
+
 def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast would hand them to a matrix product: float32 and half types in its
     dtype.
@@ -98,7 +105,7 @@ def is_readable(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not hasattr(x, "__tensor_flatten__")
+        and (type(x) is Tensor or not hasattr(x, "__tensor_flatten__"))
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,14 +16,23 @@ NOT_ON_CUDA = Refusal(
 )
 
 
+# Both asked once: an environment variable and a GPU's properties take longer than the whole choice.
+_INTERPRETING = interpreting()
+
+
+@cache
+def _is_old(device: torch.device) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+
+
 @torch.compiler.assume_constant_result
 def _older_than_ampere(device: torch.device) -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+    return _is_old(device)
 
 
 def _not_for_triton(args: Any) -> bool:
     device = args[0].device
-    if interpreting():
+    if _INTERPRETING:
         return bool(device.type != "cpu")
     return device.type != "cuda" or _older_than_ampere(device)
 

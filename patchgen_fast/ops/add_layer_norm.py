@@ -8,14 +8,14 @@ the sum and every row's mean and reciprocal deviation.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference, stock, triton
 from ..registry import Op
-from ._checks import check_float, check_same_dtype, check_shape, check_tensors
+from ._checks import FLOATS, check_float, check_same_dtype, check_shape, check_tensors, is_like
 from ._refusals import NOT_FOR_TRITON, NOT_ON_CPU, features_above, float64_of
 
 
@@ -120,6 +120,32 @@ OP.add_kernels(
 )
 
 
+def _is_usual(input: Any, residual: Any, weight: Any, bias: Any) -> bool:
+    """Whether the tensors are right in all that ``_check`` looks at one by one."""
+    if not isinstance(input, Tensor):
+        return False
+    shape, device = input.shape, input.device
+    return (
+        len(shape) > 0
+        and input.dtype in FLOATS
+        and is_like(residual, shape, device, (input.dtype,))
+        and (weight is None or is_like(weight, shape[-1:], device, FLOATS))
+        and (bias is None or is_like(bias, shape[-1:], device, FLOATS))
+    )
+
+
+def _check(input: Any, residual: Any, weight: Any, bias: Any) -> None:
+    if _is_usual(input, residual, weight, bias):
+        return
+    inputs = {"input": input, "residual": residual}
+    check_tensors("add_layer_norm", inputs, weight=weight, bias=bias)
+    check_float("add_layer_norm", input=input, weight=weight, bias=bias)
+    check_same_dtype("add_layer_norm", input.dtype, "input", residual=residual)
+    check_shape("add_layer_norm", "residual", residual, tuple(input.shape))
+    for name, x in (("weight", weight), ("bias", bias)):
+        check_shape("add_layer_norm", name, x, (input.shape[-1],))
+
+
 def add_layer_norm(
     input: Tensor,
     residual: Tensor,
@@ -146,13 +172,7 @@ def add_layer_norm(
         TypeError, ValueError: a wrong dtype, shape or device; BackendRefused: ``backend`` can't
             run this call.
     """
-    inputs = {"input": input, "residual": residual}
-    check_tensors("add_layer_norm", inputs, weight=weight, bias=bias)
-    check_float("add_layer_norm", input=input, weight=weight, bias=bias)
-    check_same_dtype("add_layer_norm", input.dtype, "input", residual=residual)
-    check_shape("add_layer_norm", "residual", residual, tuple(input.shape))
-    for name, x in (("weight", weight), ("bias", bias)):
-        check_shape("add_layer_norm", name, x, (input.shape[-1],))
+    _check(input, residual, weight, bias)
     args = AddLayerNormArguments(
         input.contiguous(),
         residual.contiguous(),

@@ -37,11 +37,13 @@ from ._checks import (
     check_tensors,
     describe,
     inner_contiguous,
+    is_like,
     is_readable,
 )
 from ._refusals import NOT_FOR_TRITON, NOT_ON_CPU, float64_of
 
 MAX_HEAD_DIM = 256
+COUNTS = (torch.int32, torch.int64)
 
 
 class AttentionArguments(NamedTuple):
@@ -301,10 +303,11 @@ def _normalise_counts(
             dtype=torch.int32,
             device=query.device,
         )
-    check_tensors("attention", {"query": query, name: counts})
-    if counts.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"attention: expected {name} in int32 or int64; got {describe(counts)}")
-    check_shape("attention", name, counts, (batch,))
+    if not is_like(counts, (batch,), query.device, COUNTS):
+        check_tensors("attention", {"query": query, name: counts})
+        if counts.dtype not in COUNTS:
+            raise TypeError(f"attention: expected {name} in int32 or int64; got {describe(counts)}")
+        check_shape("attention", name, counts, (batch,))
     if low is not None and batch and is_readable(counts):
         values = counts.tolist()  # two reductions of a tensor take ten times as long
         least, most = min(values), max(values)
@@ -313,7 +316,7 @@ def _normalise_counts(
                 f"attention: expected every value of {name} from {low} to {high}; "
                 f"got {least} to {most}"
             )
-    return counts.to(torch.int32).contiguous()
+    return (counts if counts.dtype == torch.int32 else counts.to(torch.int32)).contiguous()
 
 
 def attention(

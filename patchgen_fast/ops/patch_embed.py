@@ -34,6 +34,7 @@ from ._checks import (
     check_shape,
     check_tensors,
     describe,
+    is_like,
 )
 from ._refusals import NOT_FOR_TRITON, NOT_ON_CPU, float64_of
 
@@ -162,9 +163,10 @@ def _statistic(name: str, value: Any, images: Tensor) -> Tensor | None:
         return None
     channels = images.shape[1]
     if isinstance(value, Tensor):
-        check_tensors("patch_embed", {"images": images, name: value})
-        check_shape("patch_embed", name, value, (channels,))
-        return value.detach().float().contiguous()
+        if not is_like(value, (channels,), images.device, (value.dtype,)):
+            check_tensors("patch_embed", {"images": images, name: value})
+            check_shape("patch_embed", name, value, (channels,))
+        return (value.detach() if value.requires_grad else value).float().contiguous()
     if isinstance(value, str) or not isinstance(value, (int, float, Iterable)):
         raise TypeError(
             f"patch_embed: expected {name} as a float, {channels} floats or a tensor; "
@@ -181,7 +183,43 @@ def _statistic(name: str, value: Any, images: Tensor) -> Tensor | None:
     return _constant(tuple(float(v) for v in values), images.device)
 
 
+def _is_usual(images: Any, weight: Any, bias: Any, pos_embed: Any, prefix: Any) -> bool:
+    """Whether the tensors are right in all that ``_check`` looks at one by one."""
+    if not isinstance(images, Tensor) or not isinstance(weight, Tensor):
+        return False
+    shape, patch, dtype, device = images.shape, weight.shape, weight.dtype, images.device
+    if not (
+        len(shape) == len(patch) == 4
+        and dtype in FLOATS
+        and (images.dtype == torch.uint8 or images.dtype in FLOATS)
+        and weight.device == device
+        and shape[1] == patch[1]
+        and 0 not in patch
+        and shape[2] >= patch[2]
+        and shape[3] >= patch[3]
+    ):
+        return False
+    embed, dtypes = patch[0], (dtype,)
+    tokens = (shape[2] // patch[2]) * (shape[3] // patch[3])
+    return (
+        (bias is None or is_like(bias, (embed,), device, dtypes))
+        and (
+            pos_embed is None
+            or is_like(pos_embed, (tokens, embed), device, dtypes)
+            or is_like(pos_embed, (1, tokens, embed), device, dtypes)
+        )
+        and (
+            prefix is None
+            or isinstance(prefix, Tensor)
+            and (prefix.dim() == 2 or (prefix.dim() == 3 and prefix.shape[0] == 1))
+            and is_like(prefix, (*prefix.shape[:-1], embed), device, dtypes)
+        )
+    )
+
+
 def _check(images: Any, weight: Any, **others: Any) -> None:
+    if _is_usual(images, weight, **others):
+        return
     inputs = {"images": images, "weight": weight}
     check_tensors("patch_embed", inputs, **others)
     for name, x in inputs.items():
@@ -213,6 +251,13 @@ def _check(images: Any, weight: Any, **others: Any) -> None:
         "patch_embed", "pos_embed", others["pos_embed"], (tokens, embed), (1, tokens, embed)
     )
     check_shape("patch_embed", "prefix", others["prefix"], (None, embed), (1, None, embed))
+
+
+def _rows(tokens: Tensor | None) -> Tensor | None:
+    """``[1, N, E]`` or ``[N, E]`` as ``[N, E]``, contiguous."""
+    if tokens is None:
+        return None
+    return (tokens if tokens.dim() == 2 else tokens[0]).contiguous()
 
 
 def patch_embed(
@@ -254,13 +299,12 @@ def patch_embed(
     _check(images, weight, bias=bias, pos_embed=pos_embed, prefix=prefix)
     if images.dtype == torch.float64 and weight.dtype != torch.float64:
         images = images.float()
-    embed = weight.shape[0]
     args = PatchEmbedArguments(
         images,
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
-        None if pos_embed is None else pos_embed.reshape(-1, embed).contiguous(),
-        None if prefix is None else prefix.reshape(-1, embed).contiguous(),
+        _rows(pos_embed),
+        _rows(prefix),
         _statistic("mean", mean, images),
         _statistic("std", std, images),
     )

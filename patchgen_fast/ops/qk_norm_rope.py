@@ -20,12 +20,14 @@ from torch import Tensor
 from .. import reference, stock, triton
 from ..registry import Op
 from ._checks import (
+    FLOATS,
     check_float,
     check_same_dtype,
     check_shape,
     check_tensors,
     describe,
     inner_contiguous,
+    is_like,
 )
 from ._refusals import NOT_FOR_TRITON, NOT_ON_CPU, float64_of
 
@@ -154,7 +156,31 @@ OP.add_kernels(
 )
 
 
+def _is_usual(query: Tensor, key: Tensor, norm: str | None, weights: dict[str, Any]) -> bool:
+    """Whether the call is right in all that ``_check`` looks at one by one."""
+    if not isinstance(query, Tensor) or not isinstance(key, Tensor):
+        return False
+    shape, key_shape, device = query.shape, key.shape, query.device
+    if not (
+        len(shape) == len(key_shape) == 4
+        and key_shape[0] == shape[0]
+        and key_shape[2:] == shape[2:]
+        and query.dtype == key.dtype
+        and query.dtype in FLOATS
+        and key.device == device
+        and norm in NORMS
+    ):
+        return False
+    width = shape[3:]
+    for x in weights.values():
+        if x is not None and (norm is None or not is_like(x, width, device, FLOATS)):
+            return False
+    return True
+
+
 def _check(query: Tensor, key: Tensor, norm: str | None, weights: dict[str, Any]) -> None:
+    if _is_usual(query, key, norm, weights):
+        return
     check_tensors("qk_norm_rope", {"query": query, "key": key}, **weights)
     check_shape("qk_norm_rope", "query", query, (None, None, None, None))
     batch, _, tokens, dim = query.shape
@@ -169,6 +195,23 @@ def _check(query: Tensor, key: Tensor, norm: str | None, weights: dict[str, Any]
             raise ValueError(
                 f'qk_norm_rope: expected norm="rms" or "layer" with {name}; got norm=None'
             )
+
+
+def _are_usual(cos: Any, sin: Any, query: Tensor, rotated: int) -> bool:
+    """Whether the tables, of one head and of ``rotated`` tokens, are right in all that
+    ``_check_tables`` looks at one by one.
+    """
+    if not isinstance(cos, Tensor):
+        return False
+    batch, _, _, dim = query.shape
+    shape, device = cos.shape, query.device
+    return (
+        (shape == (1, 1, rotated, dim) or shape == (batch, 1, rotated, dim))
+        and cos.dtype in FLOATS
+        and cos.device == device
+        and is_like(sin, shape, device, FLOATS)
+        and dim % 2 == 0
+    )
 
 
 def _check_tables(
@@ -187,6 +230,8 @@ def _check_tables(
             f"qk_norm_rope: expected cos_sin as a pair of tensors; got {type(cos_sin).__name__}"
         )
     cos, sin = cos_sin
+    if _are_usual(cos, sin, query, tokens - prefix):
+        return inner_contiguous(cos), inner_contiguous(sin)
     check_tensors("qk_norm_rope", {"query": query, "cos": cos, "sin": sin})
     check_float("qk_norm_rope", cos=cos, sin=sin)
     if dim % 2:

@@ -20,6 +20,7 @@ from .. import reference, stock, triton
 from ..dispatch import Refusal
 from ..registry import Op
 from ._checks import (
+    FLOATS,
     autocast,
     check_float,
     check_heads,
@@ -28,6 +29,7 @@ from ._checks import (
     check_tensors,
     describe,
     inner_contiguous,
+    is_like,
     is_readable,
 )
 from ._refusals import NOT_FOR_TRITON, NOT_ON_CPU, float64_of
@@ -163,7 +165,8 @@ OP.add_kernels(
 
 
 def _check_offsets(name: str, offsets: Any, query: Tensor, tokens: int, longest: Any) -> None:
-    check_tensors("varlen_attention", {"query": query, name: offsets})
+    if not isinstance(offsets, Tensor) or offsets.device != query.device:
+        check_tensors("varlen_attention", {"query": query, name: offsets})
     if offsets.dtype != torch.int32 or offsets.dim() != 1 or offsets.shape[0] < 1:
         raise ValueError(
             f"varlen_attention: expected {name} as int32 [S + 1]; got {describe(offsets)}. "
@@ -184,7 +187,24 @@ def _check_offsets(name: str, offsets: Any, query: Tensor, tokens: int, longest:
         )
 
 
+def _are_alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether this is the usual call, right in all that ``_check_shapes`` looks at one by one."""
+    if not isinstance(query, Tensor) or not isinstance(key, Tensor):
+        return False
+    shape, key_shape, dtype, device = query.shape, key.shape, query.dtype, query.device
+    return (
+        len(shape) == len(key_shape) == 3
+        and dtype in FLOATS
+        and shape[1:] == key_shape[1:]
+        and key.dtype == dtype
+        and key.device == device
+        and is_like(value, key_shape, device, (dtype,))
+    )
+
+
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    if _are_alike(query, key, value):
+        return
     check_tensors("varlen_attention", {"query": query, "key": key, "value": value})
     check_shape("varlen_attention", "query", query, (None, None, None))
     check_float("varlen_attention", query=query)
@@ -238,7 +258,7 @@ def varlen_attention(
     _check_shapes(query, key, value, enable_gqa)
     _check_offsets("cu_seqlens_q", cu_seqlens_q, query, query.shape[0], max_seqlen_q)
     _check_offsets("cu_seqlens_k", cu_seqlens_k, query, key.shape[0], max_seqlen_k)
-    check_shape("varlen_attention", "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
+    check_shape("varlen_attention", "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape)
     args = VarlenAttentionArguments(
         inner_contiguous(query),
         inner_contiguous(key),

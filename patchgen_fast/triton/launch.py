@@ -8,12 +8,13 @@ kept, so that a test compiles exactly the specialisation that a user's call woul
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import triton
 
 
 class Launch(NamedTuple):
@@ -108,6 +109,31 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], **options:
         compiled = kernel[grid](*args, **options)
     if _watch.observer is not None:
         _watch.observer.started(Launch(kernel, grid, args, options), compiled)
+
+
+def current_stream(device: torch.device) -> int:
+    """The stream that torch uses on `device`, as Triton asks for it."""
+    return triton.runtime.driver.active.get_current_stream(device.index)
+
+
+def starter(compiled: Any, grid: tuple[int, ...]) -> Callable[[int, Sequence[Any]], None]:
+    """Starts a compiled kernel on a stream with all of its arguments.
+
+    It does what ``compiled[grid](*arguments, stream=stream)`` does, which takes the host twice as
+    long for the sake of hooks that a profiler of Triton's may have set.
+    """
+    grid = (*grid, 1, 1)[:3]
+    run = compiled.run
+    fixed = compiled.function, compiled.packed_metadata, None, None, None
+    hooks = triton.knobs.runtime
+
+    def start(stream: int, arguments: Sequence[Any]) -> None:
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+            compiled[grid](*arguments, stream=stream)
+        else:
+            run(*grid, stream, *fixed, *arguments)
+
+    return start
 
 
 _allocate = torch.empty

@@ -71,13 +71,15 @@ def _user_rules() -> tuple[Rule, ...]:
 
 def _measured(args: Any) -> str | None:
     """The backend that a rule names for this call, if rules are about calls of its kind."""
-    query = args.query
-    d, tokens = query.shape[3], query.shape[2]
-    if args.attn_mask is not None or args.is_causal or args.key.shape[2] != tokens:
+    query, key, value = args[:3]
+    _, _, tokens, d = query.shape
+    if args.attn_mask is not None or args.is_causal or key.shape[2] != tokens:
         return None
     if query.dtype.itemsize != 2:
         return None
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in args[:3])
+    training = torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    )
     for rule_d, most, rule_training, backend in rules():
         if rule_d == d and rule_training == training and tokens <= most:
             return backend
@@ -90,10 +92,10 @@ def attention(args: Any) -> str | None:
     The backward, which asks too, goes with its forward: only a forward's arguments have return_lse.
     """
     plain = (
-        _on_gpu(args)
-        and not getattr(args, "return_lse", True)
-        and args.kv_lengths is None
+        args.kv_lengths is None
         and args.query_offset is None
+        and not getattr(args, "return_lse", True)
+        and _on_gpu(args)
         and args.query.shape[1] == args.key.shape[1]
     )
     return (_measured(args) or "torch") if plain else None

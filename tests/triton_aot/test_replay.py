@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 import torch
 from launches import tf32
 from torch import Tensor
+from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from patchgen_fast.triton import (
@@ -27,6 +28,7 @@ from patchgen_fast.triton import (
     patch_embed,
     patch_unembed,
     qk_norm_rope,
+    replay,
     varlen_attention,
 )
 from patchgen_fast.triton.attention_configs import StreamConfig
@@ -35,14 +37,29 @@ from patchgen_fast.triton.configs import answering
 BF16, F32, INT32 = torch.bfloat16, torch.float32, torch.int32
 
 
-class Compiled:
-    """A compiled kernel that notes what it is started with."""
+STREAM, FUNCTION, PACKED = 7, 11, (4, 1)
 
-    def __init__(self, kernel: JITFunction, starts: list) -> None:
-        self.kernel, self.starts = kernel, starts
+
+class Compiled:
+    """A compiled kernel that notes what it is started with, by either way to start one."""
+
+    function, packed_metadata = FUNCTION, PACKED
+
+    def __init__(self, kernel: JITFunction, host: Host) -> None:
+        self.kernel, self.host = kernel, host
 
     def __getitem__(self, grid):
-        return lambda *args: self.starts.append((self.kernel, grid, args))
+        def start(*args, stream=None):
+            assert stream in (None, STREAM)
+            self.host.by_triton += 1
+            self.host.starts.append((self.kernel, grid, args))
+
+        return start
+
+    def run(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
+        assert (stream, function, packed) == (STREAM, FUNCTION, PACKED)
+        assert metadata is enter is leave is None
+        self.host.starts.append((self.kernel, (x, y, z), args))
 
 
 class Host:
@@ -50,6 +67,7 @@ class Host:
 
     def __init__(self) -> None:
         self.starts: list[tuple] = []
+        self.by_triton = 0  # how many of them Triton's own way
         self.asked = 0  # how often Triton was asked for a binary
 
 
@@ -59,12 +77,13 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
 
     def run(self, *args, grid, warmup, **options):
         host.asked += 1
-        compiled = Compiled(self, host.starts)
+        compiled = Compiled(self, host)
         names = self.arg_names[len(args) :]
         compiled[(*grid, 1, 1)[:3]](*args, *(options[name] for name in names))
         return compiled
 
     monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(replay, "current_stream", lambda device: STREAM)
     return host
 
 
@@ -325,9 +344,32 @@ def test_float32_products_follow_the_user(host: Host) -> None:
     assert started(host)["SPEC"].precision == "tf32"
 
 
-def test_memory_is_bounded(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    from patchgen_fast.triton import replay
+def test_hooks_of_triton_see_every_start(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own way to start a kernel calls them: it is gone as soon as one is set."""
+    args = attend(40, 50)
+    for _ in range(3):
+        attention.attention(*args)
+    attention.attention(*args)
+    usual = host.by_triton
+    assert usual == 2
+    for hooks in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        with monkeypatch.context() as patch:
+            patch.setattr(hooks, "calls", [print])
+            attention.attention(*args)
+        attention.attention(*args)
+    assert host.by_triton == usual + 2 and len(host.starts) == 8
 
+
+def test_what_is_made_for_a_replay_is_what_a_launcher_makes(host: Host) -> None:
+    """Tensors of inference in inference mode, ordinary ones elsewhere."""
+    args = attend(43, 50)
+    for context in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with context():
+            made = [attention.attention(*args)[0] for _ in range(4)]
+        assert len({(x.is_inference(), x.requires_grad) for x in made}) == 1
+
+
+def test_memory_is_bounded(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "MOST", 4)
     for n in range(60, 80):
         attention.attention(*attend(40, n))
