@@ -72,6 +72,7 @@ def become_a_gpu(ops: set[str]) -> None:
         getattr(patchgen_fast, op)  # imports the op, which registers it
         backend = OPS[op].backends["triton"]
         backend.unavailable = None
+        OPS[op].backends["cpu"].unavailable = "made up"
         backend.refuses = tuple(refuse if r.code == "device" else r for r in backend.refuses)
 
 

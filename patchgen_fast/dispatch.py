@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
 
 
-
 def _orders(*names: str) -> dict[str | None, tuple[str, ...]]:
     """Those names in turn, and the same with any one backend before the others."""
     orders: dict[str | None, tuple[str, ...]] = {None: names}

@@ -82,9 +82,7 @@ def check_shape(op: str, name: str, x: Tensor | None, *allowed: tuple) -> None:
 
 def is_like(x: Any, shape: tuple, device: torch.device, dtypes: tuple) -> bool:
     """Whether ``x`` is a tensor of that shape, on that device, in one of the dtypes."""
-    return (
-        isinstance(x, Tensor) and x.shape == shape and x.dtype in dtypes and x.device == device
-    )
+    return isinstance(x, Tensor) and x.shape == shape and x.dtype in dtypes and x.device == device
 
 
 def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

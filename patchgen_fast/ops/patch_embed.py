@@ -257,7 +257,7 @@ def _rows(tokens: Tensor | None) -> Tensor | None:
     """``[1, N, E]`` or ``[N, E]`` as ``[N, E]``, contiguous."""
     if tokens is None:
         return None
-    return (tokens if tokens.dim() == 2 else tokens[0]).contiguous()
+    return (tokens if tokens.dim() == 2 else tokens.flatten(0, 1)).contiguous()
 
 
 def patch_embed(

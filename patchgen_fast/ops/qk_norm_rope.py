@@ -179,8 +179,6 @@ def _is_usual(query: Tensor, key: Tensor, norm: str | None, weights: dict[str, A
 
 
 def _check(query: Tensor, key: Tensor, norm: str | None, weights: dict[str, Any]) -> None:
-    if _is_usual(query, key, norm, weights):
-        return
     check_tensors("qk_norm_rope", {"query": query, "key": key}, **weights)
     check_shape("qk_norm_rope", "query", query, (None, None, None, None))
     batch, _, tokens, dim = query.shape
@@ -258,10 +256,6 @@ def _check_tables(
     return inner_contiguous(cos.expand(shape)), inner_contiguous(sin.expand(shape))
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def qk_norm_rope(
     query: Tensor,
     key: Tensor,
@@ -301,15 +295,16 @@ def qk_norm_rope(
             can't run this call.
     """
     weights = {"q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}
-    _check(query, key, norm, weights)
+    if not _is_usual(query, key, norm, weights):
+        _check(query, key, norm, weights)
     cos, sin = _check_tables(query, key, cos_sin, num_prefix_tokens)
     args = QkNormRopeArguments(
         inner_contiguous(query),
         inner_contiguous(key),
-        _contiguous(q_weight),
-        _contiguous(k_weight),
-        _contiguous(q_bias),
-        _contiguous(k_bias),
+        None if q_weight is None else q_weight.contiguous(),
+        None if k_weight is None else k_weight.contiguous(),
+        None if q_bias is None else q_bias.contiguous(),
+        None if k_bias is None else k_bias.contiguous(),
         cos,
         sin,
         norm or "none",

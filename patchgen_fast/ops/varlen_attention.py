@@ -164,7 +164,7 @@ OP.add_kernels(
 )
 
 
-def _check_offsets(name: str, offsets: Any, query: Tensor, tokens: int, longest: Any) -> None:
+def _check_offsets(name: str, offsets: Any, query: Tensor) -> None:
     if not isinstance(offsets, Tensor) or offsets.device != query.device:
         check_tensors("varlen_attention", {"query": query, name: offsets})
     if offsets.dtype != torch.int32 or offsets.dim() != 1 or offsets.shape[0] < 1:
@@ -172,6 +172,9 @@ def _check_offsets(name: str, offsets: Any, query: Tensor, tokens: int, longest:
             f"varlen_attention: expected {name} as int32 [S + 1]; got {describe(offsets)}. "
             "Make it with torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
         )
+
+
+def _check_values(name: str, offsets: Tensor, tokens: int, longest: Any) -> None:
     if not is_readable(offsets):
         return
     values = offsets.tolist()
@@ -256,9 +259,13 @@ def varlen_attention(
     """
     query, key, value = autocast(query, key, value)
     _check_shapes(query, key, value, enable_gqa)
-    _check_offsets("cu_seqlens_q", cu_seqlens_q, query, query.shape[0], max_seqlen_q)
-    _check_offsets("cu_seqlens_k", cu_seqlens_k, query, key.shape[0], max_seqlen_k)
-    check_shape("varlen_attention", "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape)
+    _check_offsets("cu_seqlens_q", cu_seqlens_q, query)
+    _check_values("cu_seqlens_q", cu_seqlens_q, query.shape[0], max_seqlen_q)
+    if cu_seqlens_k is not cu_seqlens_q:
+        _check_offsets("cu_seqlens_k", cu_seqlens_k, query)
+    _check_values("cu_seqlens_k", cu_seqlens_k, key.shape[0], max_seqlen_k)
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        check_shape("varlen_attention", "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
     args = VarlenAttentionArguments(
         inner_contiguous(query),
         inner_contiguous(key),
