@@ -119,6 +119,13 @@ def info_module() -> ModuleType | None:
         return None
 
 
+@functools.cache
+def has_avx512() -> bool:
+    """Whether the kernels in use are those for AVX-512. ValueError for a wrong override."""
+    module = info_module()
+    return module is not None and module.chosen_isa().startswith("avx512")
+
+
 def unavailable_reason(backend: str) -> str | None:
     """Why no kernel of the native `backend` ("cpu" or "cuda") can run here; None if some can.
 

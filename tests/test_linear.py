@@ -7,8 +7,9 @@ import torch
 from cases.linear import CASES, FEW_ROWS, Case, call, check, problem
 from oracle import Target, explicit_gradients, explicit_pairs, require
 
-from patchgen_fast import dispatch, linear
+from patchgen_fast import _native, dispatch, linear
 from patchgen_fast.ops.linear import FEW_ROWS as FEW_ROWS_TO_LEARN
+from patchgen_fast.ops.linear import FEW_ROWS_NARROW
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -33,19 +34,39 @@ def test_any_backward_takes_any_forward(case: Case, forward: str, backward: str)
     stated.compare(explicit_gradients(stated, by_reference, forward, backward))
 
 
+def backend_of(rows: int, dtype: torch.dtype, learns: bool) -> str:
+    weight = torch.randn(4, 8, dtype=dtype, requires_grad=learns)
+    with dispatch.counting() as ran:
+        linear(torch.randn(1, rows, 8, dtype=dtype), weight)
+    (only,) = ran
+    return only.removeprefix("linear.")
+
+
 @pytest.mark.parametrize("dtype", FEW_ROWS_TO_LEARN, ids=str)
-def test_few_rows_are_left_to_torch_where_gradients_are_wanted(dtype: torch.dtype) -> None:
+def test_few_rows_are_left_to_torch_where_gradients_are_wanted(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     require("linear", Target("cpu", "cpu"))
+    monkeypatch.setattr(_native, "has_avx512", lambda: True)
     most = FEW_ROWS_TO_LEARN[dtype]
-    for rows, learns, backend in (
-        (most - 1, True, "torch"),
-        (most - 1, False, "cpu"),
-        (most, True, "cpu"),
-    ):
-        weight = torch.randn(4, 8, dtype=dtype, requires_grad=learns)
-        with dispatch.counting() as ran:
-            linear(torch.randn(1, rows, 8, dtype=dtype), weight)
-        assert ran == {f"linear.{backend}": 1}
+    assert backend_of(most - 1, dtype, True) == "torch"
+    assert backend_of(most - 1, dtype, False) == "cpu"
+    assert backend_of(most, dtype, True) == "cpu"
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("dtype", FEW_ROWS_NARROW, ids=str)
+def test_few_rows_are_left_to_torch_without_avx512(
+    dtype: torch.dtype, gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where gradients could be wanted, and on the short way where they can't."""
+    require("linear", Target("cpu", "cpu"))
+    most = FEW_ROWS_NARROW[dtype]
+    with torch.set_grad_enabled(gradients):
+        for wide, backend in ((True, "cpu"), (False, "torch")):
+            monkeypatch.setattr(_native, "has_avx512", lambda wide=wide: wide)
+            assert backend_of(most - 1, dtype, False) == backend
+            assert backend_of(most, dtype, False) == "cpu"
 
 
 @pytest.mark.parametrize("rows", [5, 40])

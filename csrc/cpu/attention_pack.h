@@ -103,9 +103,8 @@ template <class Element>
 PATCHGEN_FAST_INLINE Vec load_interleaved(const Element* upper, const Element* lower,
                                           bool has_lower, int64_t count) {
   const int64_t lanes = smaller(count, kLanes);
-  const VecUint first = convert_lanes<VecUint>(load_half_partial(upper, lanes));
-  const VecUint second =
-      has_lower ? convert_lanes<VecUint>(load_half_partial(lower, lanes)) : VecUint{};
+  const VecUint first = convert_to_32(load_half_partial(upper, lanes));
+  const VecUint second = has_lower ? convert_to_32(load_half_partial(lower, lanes)) : VecUint{};
   return bit_cast<Vec>(first | (second << 16));
 }
 

@@ -85,7 +85,7 @@ PATCHGEN_FAST_INLINE Vec load_column_words(const Element* from, const Element* s
   } else {
     const Half low = load_half_up_to(from, left);
     const Half high = second != nullptr ? load_half_up_to(second, left) : Half{};
-    return bit_cast<Vec>(convert_lanes<VecUint>(low) | (convert_lanes<VecUint>(high) << 16));
+    return bit_cast<Vec>(convert_to_32(low) | (convert_to_32(high) << 16));
   }
 }
 

@@ -3,7 +3,7 @@
 //     sum = input + residual, rounded to its dtype
 //     normalised = (sum - mean(sum)) * rstd * weight + bias,  rstd = 1 / sqrt(var(sum) + eps)
 //
-// One task owns kNormRows rows. A row (1.5 to 16 KiB) stays in L1 between its walks (add, mean,
+// One task owns kNormRows rows. A row (1.5 to 16 KiB) stays in L1 between its walks (add and mean,
 // squares around the mean, normalise), so memory sees each tensor once. The variance is taken
 // around the mean, not as a difference of squares, which cancels. The gradients of weight and bias
 // are sums over kSummedRows rows in registers, then over the task and over all tasks, compensated
@@ -21,10 +21,6 @@ PATCHGEN_FAST_INLINE int64_t padded_width(int64_t width) {
   return round_up(width, 16);
 }
 
-struct RowStatistics {
-  float mean, rstd;
-};
-
 // Calls body(i, left) for the vectors of [0, width); `left` is a constant but in the last one.
 template <class Body>
 PATCHGEN_FAST_INLINE void for_vectors(int64_t width, const Body& body) {
@@ -37,58 +33,67 @@ PATCHGEN_FAST_INLINE void for_vectors(int64_t width, const Body& body) {
   }
 }
 
-// Two vectors of sums, so that one addition does not wait for the last.
+// Four vectors of sums, so that one addition does not wait for the last.
 template <class Term>
 PATCHGEN_FAST_INLINE float sum_over_row(int64_t width, const Term& term) {
-  Vec even{}, odd{};
+  Vec sums[4] = {};
   int64_t i = 0;
-  for (; i + kLanes < width; i += 2 * kLanes) {
-    even += term(i, kLanes);
-    odd += term(i + kLanes, width - i - kLanes);
-  }
-  if (i < width) {
-    even += term(i, width - i);
-  }
-  return sum_lanes(even + odd);
-}
-
-// Of the `width` elements at `row`; `centred`: around their mean.
-template <class T>
-PATCHGEN_FAST_INLINE RowStatistics row_statistics(const T* row, int64_t width, float eps,
-                                                  bool centred = true) {
-  const float inverse = 1.0f / static_cast<float>(width);
-  float mean = 0.0f;
-  if (centred) {
-    mean = inverse *
-           sum_over_row(width, [&](int64_t i, int64_t left) { return load_up_to(row + i, left); });
-  }
-  const float squares = sum_over_row(width, [&](int64_t i, int64_t left) {
-    Vec x = load_up_to(row + i, left) - mean;
-    if (left < kLanes) {  // lanes beyond the row hold -mean: they must not count
-      x = select(iota() < static_cast<int32_t>(left), x, Vec{});
+  for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < 4; ++v) {
+      sums[v] += term(i + v * kLanes, static_cast<int64_t>(kLanes));
     }
-    return x * x;
-  });
-  return {mean, 1.0f / __builtin_sqrtf(squares * inverse + eps)};
+  }
+  for (; i < width; i += kLanes) {
+    sums[0] += term(i, width - i);
+  }
+  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+// What is left of float32 numbers that are stored as T and loaded again.
+template <class T>
+PATCHGEN_FAST_INLINE Vec as_stored(Vec v) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return from_bf16(to_bf16(v));
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    return from_fp16(to_fp16(v));
+  } else {
+    return v;
+  }
+}
+
+// Meanwhile the next row is brought in: the walks over a row in L1 leave memory alone.
 template <class T>
 static void add_and_normalise(const AddLayerNorm& n, int64_t row) {
   const int64_t offset = row * n.width;
   const T* input = static_cast<const T*>(n.input) + offset;
   const T* residual = static_cast<const T*>(n.residual) + offset;
   T* sum = static_cast<T*>(n.sum) + offset;
-  for (int64_t i = 0; i < n.width; i += kLanes) {
-    const int64_t left = n.width - i;
-    store_up_to(sum + i, load_up_to(input + i, left) + load_up_to(residual + i, left), left);
-  }
-  const RowStatistics statistics = row_statistics(sum, n.width, n.eps);
-  n.mean[row] = statistics.mean;
-  n.rstd[row] = statistics.rstd;
   T* to = static_cast<T*>(n.normalised) + offset;
-  for (int64_t i = 0; i < n.width; i += kLanes) {
-    const int64_t left = n.width - i;
-    Vec x = (load_up_to(sum + i, left) - statistics.mean) * statistics.rstd;
+  const int64_t next = row + 1 < n.rows ? n.width : 0;
+  const float inverse = 1.0f / static_cast<float>(n.width);
+  const float mean = inverse * sum_over_row(n.width, [&](int64_t i, int64_t left) {
+                       const Vec total =
+                           load_up_to(input + i, left) + load_up_to(residual + i, left);
+                       store_up_to(sum + i, total, left);
+                       return as_stored<T>(total);
+                     });
+  const float squares = sum_over_row(n.width, [&](int64_t i, int64_t left) {
+    __builtin_prefetch(input + next + i, 0, 2);
+    __builtin_prefetch(residual + next + i, 0, 2);
+    Vec x = load_up_to(sum + i, left) - mean;
+    if (left < kLanes) {  // lanes beyond the row hold -mean: they must not count
+      x = select(iota() < static_cast<int32_t>(left), x, Vec{});
+    }
+    return x * x;
+  });
+  const float rstd = 1.0f / __builtin_sqrtf(squares * inverse + n.eps);
+  n.mean[row] = mean;
+  n.rstd[row] = rstd;
+  for_vectors(n.width, [&](int64_t i, int64_t left) {
+    __builtin_prefetch(sum + next + i, 1, 2);
+    __builtin_prefetch(to + next + i, 1, 2);
+    Vec x = (load_up_to(sum + i, left) - mean) * rstd;
     if (n.weight != nullptr) {
       x *= load_up_to(n.weight + i, left);
     }
@@ -96,7 +101,7 @@ static void add_and_normalise(const AddLayerNorm& n, int64_t row) {
       x += load_up_to(n.bias + i, left);
     }
     store_up_to(to + i, x, left);
-  }
+  });
 }
 
 // -- backward -------------------------------------------------------------------------------------

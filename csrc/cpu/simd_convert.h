@@ -12,9 +12,41 @@ PATCHGEN_FAST_INLINE To convert_lanes(From from) {
   return __builtin_convertvector(from, To);
 }
 
+// GCC 12 takes such conversions apart into halves and joins them again: hence the intrinsics.
+PATCHGEN_FAST_INLINE VecUint convert_to_32(Half from) {
+#if defined(__AVX512F__)
+  return bit_cast<VecUint>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(from)));
+#elif defined(__AVX2__)
+  return bit_cast<VecUint>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(from)));
+#else
+  return convert_lanes<VecUint>(from);
+#endif
+}
+
+PATCHGEN_FAST_INLINE VecUint convert_to_32(Byte from) {
+#if defined(__AVX512F__)
+  return bit_cast<VecUint>(_mm512_cvtepu8_epi32(bit_cast<__m128i>(from)));
+#else
+  return convert_lanes<VecUint>(from);
+#endif
+}
+
+// Of numbers below 2^16.
+PATCHGEN_FAST_INLINE Half convert_to_16(VecUint from) {
+#if defined(__AVX512F__)
+  return bit_cast<Half>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(from)));
+#elif defined(__AVX2__)
+  const __m256i bits = bit_cast<__m256i>(from);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0xd8);
+  return bit_cast<Half>(_mm256_castsi256_si128(packed));
+#else
+  return convert_lanes<Half>(from);
+#endif
+}
+
 // The bits of bf16 numbers to floats: the upper half of each.
 PATCHGEN_FAST_INLINE Vec from_bf16(Half bits) {
-  return bit_cast<Vec>(convert_lanes<VecUint>(bits) << 16);
+  return bit_cast<Vec>(convert_to_32(bits) << 16);
 }
 
 // Not a number stays one: its payload is dropped, so that rounding cannot carry it into infinity.
@@ -25,7 +57,7 @@ PATCHGEN_FAST_INLINE Half to_bf16(Vec v) {
   const VecUint bits = bit_cast<VecUint>(v);
   const VecUint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const VecUint quiet = (bits >> 16) | 0x40u;
-  return convert_lanes<Half>(v == v ? rounded : quiet);
+  return convert_to_16(v == v ? rounded : quiet);
 #endif
 }
 
@@ -44,7 +76,7 @@ PATCHGEN_FAST_INLINE Vec from_fp16(Half bits) {
 #else
   // Move exponent and fraction into place; multiplying by 2^112 corrects the exponent's bias, and
   // normalises subnormal numbers on the way. Infinity and NaN (exponent 31) get exponent 255.
-  const VecUint wide = convert_lanes<VecUint>(bits);
+  const VecUint wide = convert_to_32(bits);
   const VecUint magnitude = (wide & 0x7fffu) << 13;
   const Vec scaled = bit_cast<Vec>(magnitude) * broadcast(0x1p112f);
   const VecUint special = magnitude | 0x7f800000u;
@@ -72,7 +104,7 @@ PATCHGEN_FAST_INLINE Half to_fp16(Vec v) {
   VecUint result = (magnitude < 0x38800000u) ? subnormal : normal;
   result = (magnitude >= 0x477ff000u) ? (VecUint{} + 0x7c00u) : result;
   result = (magnitude > 0x7f800000u) ? (VecUint{} + 0x7e00u) : result;
-  return convert_lanes<Half>(result | sign);
+  return convert_to_16(result | sign);
 #endif
 }
 

@@ -131,10 +131,10 @@ PATCHGEN_FAST_INLINE void store_partial(Float16* to, Vec v, int64_t count) {
 // -- bytes: 0 to 255 ------------------------------------------------------------------------------
 
 PATCHGEN_FAST_INLINE Vec load(const uint8_t* from) {
-  return convert_lanes<Vec>(convert_lanes<VecInt>(load_bits<Byte>(from)));
+  return convert_lanes<Vec>(bit_cast<VecInt>(convert_to_32(load_bits<Byte>(from))));
 }
 PATCHGEN_FAST_INLINE Vec load_partial(const uint8_t* from, int64_t count) {
-  return convert_lanes<Vec>(convert_lanes<VecInt>(load_lanes<Byte>(from, count)));
+  return convert_lanes<Vec>(bit_cast<VecInt>(convert_to_32(load_lanes<Byte>(from, count))));
 }
 
 // -- one element ----------------------------------------------------------------------------------
