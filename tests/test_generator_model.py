@@ -231,22 +231,23 @@ def test_swapped_draws_what_eager_draws(heads):
         torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-4)
 
 
-def test_the_swapped_flow_head_has_the_same_velocity_and_gradients():
-    head = FlowHead(4, 6, width=8, depth=2, repeats=1).double()
-    x, modulations = torch.randn(3, 6).double(), torch.randn(3, 8 * 8).double()
+def test_the_swapped_flow_head_has_the_same_loss_and_gradients():
+    head = model(flow_depth=2, flow_repeats=3).heads["flow"].double()
+    states, targets = torch.randn(4, 5, 16).double(), torch.randn(4, 5, 4).double()
+    draws = torch.rand(3, 4).double(), torch.randn(3, 4, 5, 4).double()
 
-    def velocity_and_gradients():
-        inputs = [x.clone().requires_grad_(), modulations.clone().requires_grad_()]
-        out = head.velocity(*inputs)
-        return out, *torch.autograd.grad(out.square().sum(), [*inputs, *head.out.parameters()])
+    def loss_and_gradients():
+        inputs = [states.clone().requires_grad_(), targets.clone().requires_grad_()]
+        loss = head.loss(*inputs, *draws)
+        return loss, *torch.autograd.grad(loss, [*inputs, *head.parameters()])
 
-    eager = velocity_and_gradients()
+    eager = loss_and_gradients()
     with patchgen_fast.swapped(head):
         assert type(head).__name__ == "FastFlowHead"
         assert type(head.state_modulation).__name__ == "FastLinear"
-        fast = velocity_and_gradients()
-        assert head._fast.calls == 1
-    torch.testing.assert_close(fast, eager)
+        fast = loss_and_gradients()
+        assert head._fast.calls == 3
+    torch.testing.assert_close(fast, eager, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])

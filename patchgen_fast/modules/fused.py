@@ -189,7 +189,8 @@ def split_heads(packed: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """`[B, N, parts * H * D]` as `parts` views `[B, H, N, D]`."""
     batch, tokens, features = packed.shape
     split = packed.reshape(batch, tokens, parts, heads, features // (parts * heads))
-    return split.permute(2, 0, 3, 1, 4).unbind(0)
+    # Parted before heads and tokens change places: gradients are then packed by one copy, not two.
+    return tuple(part.transpose(1, 2) for part in split.unbind(2))
 
 
 def child(module: Any, name: str) -> Any:
