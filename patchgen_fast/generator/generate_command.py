@@ -59,6 +59,12 @@ FILE = click.Path(path_type=Path)
     "--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda if there is one]."
 )
 @click.option("--threads", type=int, help="Threads on the CPU.")
+@click.option(
+    "--graph/--no-graph",
+    default=True,
+    show_default=True,
+    help="On a CUDA device, capture a step of drawing as a CUDA graph and replay it.",
+)
 def command(checkpoint: Path, **options: Any) -> None:
     """Draw images with a trained generator.
 
@@ -84,7 +90,11 @@ def command(checkpoint: Path, **options: Any) -> None:
         patchgen_fast.swap(model)
 
     labels, task, images = _what(model, description.classes, options)
-    how = {"head": options["head"], "options": _sampling(options)}
+    how = {
+        "head": options["head"],
+        "options": _sampling(options),
+        "use_graph": options["graph"],
+    }
     noise = noise_for(model, len(labels), options["seed"])
     drawn = sample(model, labels, task, noise, images, batch=options["batch"], **how)
 

@@ -13,6 +13,9 @@ class KeyValueCache:
 
     The buffers are made once, at the first `append`, in the dtype and on the device of what comes;
     from then on memory is constant. For inference: the buffers hold no gradients.
+
+    `lengths`, int32 `[B]`, is None, or, once the position is data (`DecoderCache.follow`), how many
+    of the buffers' positions are filled: the others must not be seen.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -20,11 +23,14 @@ class KeyValueCache:
             raise ValueError(f"expected a capacity of at least 1 position, got {capacity}")
         self.capacity = capacity
         self.length = 0
+        self.lengths: Tensor | None = None
+        self._position: Tensor | None = None
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values `[B, H, n, D]`; return all so far, as views of the buffers.
+        """Add keys and values `[B, H, n, D]`; return all so far, as views of the buffers, or the
+        whole buffers `[B, H, capacity, D]` where the position is data.
 
         Raises ValueError when there is no room, or when shape, dtype or device differ from the
         first ones; RuntimeError when gradients are wanted.
@@ -39,6 +45,10 @@ class KeyValueCache:
             self._keys = keys.new_zeros(batch, heads, self.capacity, head_dim)
             self._values = values.new_zeros(batch, heads, self.capacity, values.shape[-1])
         self._check(self._keys, keys)
+        if self._position is not None:
+            self._keys.index_copy_(2, self._position, keys)
+            self._values.index_copy_(2, self._position, values)
+            return self._keys, self._values
         end = self.length + keys.shape[2]
         self._keys[:, :, self.length : end] = keys
         self._values[:, :, self.length : end] = values
@@ -50,6 +60,19 @@ class KeyValueCache:
         if self._keys is None or self._values is None:
             raise RuntimeError("the key-value cache is empty: append to it first")
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+    def follow(self, position: Tensor, lengths: Tensor) -> None:
+        """Write the next position where `position`, int64 `[1]`, says; `lengths` is one more."""
+        if self._keys is None:
+            raise RuntimeError("the key-value cache is empty: append to it first")
+        self._position, self.lengths = position, lengths
+
+    def seen(self) -> Tensor | None:
+        """Which positions of the buffers may be seen, bool `[B, 1, 1, capacity]`; None for all."""
+        if self.lengths is None:
+            return None
+        places = torch.arange(self.capacity, device=self.lengths.device)
+        return (places < self.lengths[:, None])[:, None, None]
 
     def _check(self, buffer: Tensor, keys: Tensor) -> None:
         batch, heads, capacity, head_dim = buffer.shape
@@ -92,3 +115,14 @@ class DecoderCache:
     def length(self) -> int:
         """How many positions have been decoded."""
         return self.layers[0].own.length
+
+    def follow(self, position: Tensor, batch: int) -> None:
+        """Make the next position data, int64 `[1]` on the cache's device, instead of `length`.
+
+        Every step, of one new token for each of `batch` sequences, then has the same shapes and
+        buffers, as a CUDA graph needs; the value is never read by the host, so nobody checks it
+        against the capacity. The buffers are made by a step in the usual way before the first.
+        """
+        lengths = (position + 1).to(torch.int32).expand(batch).contiguous()
+        for layer in self.layers:
+            layer.own.follow(position, lengths)

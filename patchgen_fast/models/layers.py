@@ -212,6 +212,7 @@ class Attention(nn.Module):
         query, key = self.q_norm(query), self.k_norm(key)
         if cache is not None:
             key, value = cache.append(key, value)
+            attn_mask = cache.seen() if attn_mask is None else attn_mask
         dropout_p = self.attn_drop.p if self.training else 0.0
         heads = attend(query, key, value, attn_mask, is_causal, dropout_p)
         return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2)))

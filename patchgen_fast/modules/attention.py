@@ -34,9 +34,9 @@ def attend_with(
 
     With a cache the keys are those so far, and causal counts the queries as the last of them.
     """
-    past = 0
+    past, lengths = 0, None
     if cache is not None:
-        past = cache.length
+        past, lengths = cache.length, cache.lengths
         key, value = cache.append(key, value)
         is_causal = is_causal and query.shape[2] > 1  # the newest token sees all of the cache
     dropout_p = 0.0
@@ -53,6 +53,7 @@ def attend_with(
         is_causal=is_causal,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
+        kv_lengths=lengths,
         query_offset=past if is_causal else 0,
         backend=owner._fast.backend,
     )
