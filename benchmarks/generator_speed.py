@@ -1,6 +1,6 @@
 """The generator on 64 x 64 images, eager and swapped: a decode step, a drawing, a training step.
 
-    python benchmarks/generator_speed.py [--rounds 5] [--record benchmarks/results/FILE.json]
+    python benchmarks/generator_speed.py --record benchmarks/results/generator-speed.json
 
 Patches of 4 x 4, 256 tokens, E 384, 6 + 6 layers, batch 16, float32. Contenders take turns within a
 round; what is compared is the median over rounds of the ratio of their times in one round. Before
@@ -9,21 +9,29 @@ anything is timed, eager and swapped have to draw the same image.
 A whole drawing without a cache takes minutes. Its time is taken from the steps at 8 evenly spaced
 places (the middle of every 32 patches), each as long as the 32 around it; drawings with a cache are
 timed in the same way and, to check it, as a whole. One thread is timed by its processor time, which
-other work on the machine lengthens less.
+other work on the machine lengthens less. With --record, figures, command and machine are written as
+each part ends, so that an interruption loses one part at most.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
+import click
+import msgspec
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import patchgen_fast
+from patchgen_fast.bench import environment
 from patchgen_fast.generator.files import write_json
 from patchgen_fast.generator.heads import SamplingOptions
 from patchgen_fast.generator.model import GeneratorConfig, PatchGenerator, Task
@@ -35,6 +43,13 @@ SPAN = 32
 PLACES = range(SPAN // 2, PATCHES, SPAN)
 TASK = Task(torch.arange(PATCHES))
 LABELS = torch.arange(BATCH) % 10
+HEADS = ("flow", "mse")
+DRAWINGS = {
+    "eager, no cache": ("eager", False),
+    "eager, cache": ("eager", True),
+    "swapped, cache": ("swapped", True),
+}
+"""Contenders of a drawing, ours last: whose weights, and whether with a cache."""
 
 
 def models() -> dict[str, PatchGenerator]:
@@ -99,39 +114,45 @@ def seconds(call: Callable[[], object]) -> float:
     return clock() - began
 
 
-def time_drawings(models: dict[str, PatchGenerator], head: str, rounds: int) -> dict[str, list]:
+Done = Callable[[str], None]
+"""Called between timings, with what was timed."""
+
+
+def time_drawings(
+    models: dict[str, PatchGenerator], head: str, rounds: int, done: Done
+) -> dict[str, list[float]]:
     """Seconds of a drawing by contender, a value a round."""
-    contenders = {
-        "eager, no cache": ("eager", False),
-        "eager, cache": ("eager", True),
-        "swapped, cache": ("swapped", True),
-    }
-    found: dict[str, list[float]] = {name: [] for name in contenders}
+    found: dict[str, list[float]] = {name: [] for name in DRAWINGS}
     for _ in range(rounds):
-        total = dict.fromkeys(contenders, 0.0)
+        total = dict.fromkeys(DRAWINGS, 0.0)
         for place in PLACES:
-            for name, (model, use_cache) in contenders.items():
+            for name, (model, use_cache) in DRAWINGS.items():
                 step = Step(models[model], head, place, use_cache=use_cache)
                 if use_cache:
                     step()  # the first one after another contender finds its weights in no cache
                 repeats = 4 if use_cache else 1
                 total[name] += SPAN * statistics.median(seconds(step) for _ in range(repeats))
+                done(f"drawing, head {head}: {name}")
         for name, value in total.items():
             found[name].append(value)
     return found
 
 
-def time_whole(models: dict[str, PatchGenerator], head: str) -> dict[str, list[float]]:
+def time_whole(models: dict[str, PatchGenerator], head: str, done: Done) -> dict[str, list[float]]:
     """Seconds of one whole drawing with a cache."""
-    return {
-        f"{name}, cache": [
-            seconds(lambda m=model: sample(m, LABELS, TASK, noise_for(m, BATCH, 0), head=head))
+    found = {}
+    for name, model in models.items():
+        noise = noise_for(model, BATCH, 0)
+        found[f"{name}, cache"] = [
+            seconds(lambda m=model, z=noise: sample(m, LABELS, TASK, z, head=head))
         ]
-        for name, model in models.items()
-    }
+        done(f"drawing as a whole, head {head}: {name}")
+    return found
 
 
-def time_training(models: dict[str, PatchGenerator], rounds: int) -> dict[str, list[float]]:
+def time_training(
+    models: dict[str, PatchGenerator], rounds: int, done: Done
+) -> dict[str, list[float]]:
     """Seconds of a training step that sees all patches: encoder, decoder and heads."""
     config = models["eager"].config
     images = torch.rand(BATCH, 3, 64, 64)
@@ -160,6 +181,7 @@ def time_training(models: dict[str, PatchGenerator], rounds: int) -> dict[str, l
             taken = seconds(step)
             if number:  # the first round makes buffers
                 found[name].append(taken)
+            done(f"training step: {name}")
     return found
 
 
@@ -168,56 +190,76 @@ def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
     return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--part", choices=["drawing", "training", "all"], default="all")
-    parser.add_argument("--record", type=Path, help="also write the figures there, as JSON")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    made = models()
-    difference = check_parity(made)
-    times: dict[str, dict[str, list[float]]] = {}
-    ratios: dict[str, float] = {}
+class Record:
+    """What was found, printed as it comes and kept in a file, if any."""
 
-    def keep(what: str, found: dict[str, list[float]], *slower: str) -> None:
+    def __init__(self, path: Path | None, difference: float) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {
+            "kind": "patchgen_fast.generator.speed",
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": " ".join(["python", *sys.argv]),
+            "threads": torch.get_num_threads(),
+            "largest difference of a drawn pixel": difference,
+            "seconds": {},
+            "ratios": {},
+            "environment": msgspec.to_builtins(environment.collect()),
+        }
+
+    def keep(self, what: str, found: dict[str, list[float]], *slower: str) -> None:
         """Times of contenders, the last one ours, and how many times faster it is."""
-        times[what] = found
+        self.content["seconds"][what] = found
         *_, ours = found
         for name, values in found.items():
             print(f"{what:34} {name:16} {statistics.median(values):9.3f} s", flush=True)
         for name in slower:
-            ratios[f"{what}: {name} / {ours}"] = ratio(found, name, ours)
-            print(
-                f"{what:34} {name} / {ours}: {ratios[f'{what}: {name} / {ours}']:.2f}", flush=True
-            )
+            times = self.content["ratios"][f"{what}: {name} / {ours}"] = ratio(found, name, ours)
+            print(f"{what:34} {name} / {ours}: {times:.2f}", flush=True)
+        if self.path is not None:
+            write_json(self.path, self.content)
 
-    if options.part != "training":
-        with torch.inference_mode():
-            for head in ("flow", "mse"):
-                drawing = time_drawings(made, head, options.rounds)
-                keep(f"drawing, head {head}", drawing, "eager, no cache", "eager, cache")
-                keep(f"drawing as a whole, head {head}", time_whole(made, head), "eager, cache")
-    if options.part != "drawing":
-        keep("training step", time_training(made, options.rounds), "eager")
-    if options.record:
-        import msgspec
 
-        from patchgen_fast.bench import environment
+@click.command()
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--part", type=click.Choice(["drawing", "training", "all"]), default="all", show_default=True
+)
+@click.option(
+    "--record",
+    "path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write the figures and the machine there, as JSON.",
+)
+def main(rounds: int, threads: int, part: str, path: Path | None) -> None:
+    """Time the generator on 64 x 64 images, eager and swapped: drawing, and a training step."""
+    torch.set_num_threads(threads)
+    made = models()
+    record = Record(path, check_parity(made))
+    total = 0 if part == "training" else len(HEADS) * (rounds * len(PLACES) * len(DRAWINGS) + 2)
+    total += 0 if part == "drawing" else 2 * (rounds + 1)
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+    # Drawn between timings only: a thread that redraws would count as processor time.
+    with Progress(
+        *columns,
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+        auto_refresh=False,
+    ) as bar:
+        task = bar.add_task("", total=total)
 
-        write_json(
-            options.record,
-            {
-                "kind": "patchgen_fast.generator.speed",
-                "command": f"python benchmarks/generator_speed.py --rounds {options.rounds}",
-                "threads": options.threads,
-                "largest difference of a drawn pixel": difference,
-                "seconds": times,
-                "ratios": ratios,
-                "environment": msgspec.to_builtins(environment.collect()),
-            },
-        )
+        def done(what: str) -> None:
+            bar.update(task, description=what, advance=1, refresh=sys.stderr.isatty())
+
+        if part != "training":
+            with torch.inference_mode():
+                for head in HEADS:
+                    found = time_drawings(made, head, rounds, done)
+                    record.keep(f"drawing, head {head}", found, "eager, no cache", "eager, cache")
+                    found = time_whole(made, head, done)
+                    record.keep(f"drawing as a whole, head {head}", found, "eager, cache")
+        if part != "drawing":
+            record.keep("training step", time_training(made, rounds, done), "eager")
 
 
 if __name__ == "__main__":
