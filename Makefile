@@ -56,9 +56,14 @@ APART := tests/triton_interpreter tests/triton_aot tests/cuda_host
 MAY_BE_EMPTY := $(ARGS)$(filter-out Linux,$(shell uname -s))
 run_part = $(if $(wildcard $(1)),$(2) $(PYTEST) $(1) $(3)$(if $(MAY_BE_EMPTY), || [ $$? -eq 5 ]),@true)
 
+# LLVM allocates and frees small pieces without end: let malloc keep them at hand.
+MALLOC := GLIBC_TUNABLES=$(subst $(empty) ,:,$(addprefix glibc.malloc., \
+    tcache_count=65535 tcache_max=65536 trim_threshold=4294967296 top_pad=67108864 \
+    mmap_threshold=1073741824))
+
 define TRITON_TESTS
 $(call run_part,tests/triton_interpreter,TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1,-n $(JOBS))
-$(call run_part,tests/triton_aot,,-n $(JOBS))
+$(call run_part,tests/triton_aot,$(MALLOC),-n $(JOBS) --dist worksteal)
 endef
 
 test: build ## all tests

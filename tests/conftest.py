@@ -6,11 +6,16 @@ see ``oracle.skip_backend``.
 
 from __future__ import annotations
 
-import pytest
-import torch
-from oracle import Target, skip_backend
+import gc
 
-from patchgen_fast._torchvision import make_importable
+# Importing leaves next to nothing to collect.
+gc.disable()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from oracle import Target, skip_backend  # noqa: E402
+
+from patchgen_fast._torchvision import make_importable  # noqa: E402
 
 make_importable()  # the pinned torchvision is built for CUDA, the pinned torch need not be
 
@@ -27,6 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # Workers with two spinning threads each on two cores wait more than they work; tests of
     # threading set their own number.
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is looked for, but not among all that was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(params=TARGETS, ids=str)
