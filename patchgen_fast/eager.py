@@ -27,21 +27,26 @@ def _bits(*names: str) -> int:
     return bits
 
 
-# What dense tensors on the CPU or CUDA, and a thread that does nothing special, ask of the
-# dispatcher. Any other bit is somebody who wants to see the call: a mode or a subclass (Python),
-# functorch, a tracer, a negation that is still to be done, another device.
-_WATCHED = ~_bits(
-    *("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"),
-    *("ADInplaceOrView", "BackendSelect"),
-)
-_AUTOGRAD = _bits("AutogradFunctionality")
-
-_asked_by_thread = torch._C._dispatch_tls_local_include_set
-_kept_from_thread = torch._C._dispatch_tls_local_exclude_set
-_asked_by = torch._C._dispatch_keys
-_below_autograd = torch._C._AutoDispatchBelowAutograd
-_profilers = torch.autograd.profiler
-_is_profiled_here = torch._C._autograd._profiler_enabled
+try:
+    # What dense tensors on the CPU or CUDA, and a thread that does nothing special, ask of the
+    # dispatcher. Any other bit is somebody who wants to see the call: a mode or a subclass
+    # (Python), functorch, a tracer, a negation that is still to be done, another device.
+    _WATCHED = ~_bits(
+        *("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"),
+        *("ADInplaceOrView", "BackendSelect"),
+    )
+    _AUTOGRAD = _bits("AutogradFunctionality")
+    _asked_by_thread = torch._C._dispatch_tls_local_include_set
+    _kept_from_thread = torch._C._dispatch_tls_local_exclude_set
+    _asked_by = torch._C._dispatch_keys
+    _below_autograd = torch._C._AutoDispatchBelowAutograd
+    _any_requires_grad = torch._C._any_requires_grad
+    _is_profiler_on = torch._C._autograd._profiler_enabled
+    _profilers = torch.autograd.profiler
+    AVAILABLE = hasattr(_profilers, "_is_profiler_enabled")
+except AttributeError:
+    # torch promises none of these: a version without them goes through the dispatcher.
+    AVAILABLE = False
 
 _TENSORS = (Tensor, torch.nn.Parameter)
 _TYPES = {
@@ -55,7 +60,7 @@ _TYPES = {
 
 
 def _is_profiled() -> bool:
-    return _profilers._is_profiler_enabled or _is_profiled_here()
+    return _profilers._is_profiler_enabled or _is_profiler_on()
 
 
 def _places_of_tensors(schema: Any) -> Callable[[tuple[type, ...]], tuple[int, ...] | None]:
@@ -84,6 +89,8 @@ def short_cut(
     dispatcher is the shortest way. ``formula`` is how gradients are recorded; without one the
     overload does that.
     """
+    if not AVAILABLE:
+        return overload
     places = _places_of_tensors(overload._schema)
     run = overload if kernel is None else kernel
     if formula is not None:
@@ -96,7 +103,7 @@ def short_cut(
         tensors = places(tuple(map(type, args)))
         if tensors is None or _is_profiled() or has_torch_function_unary(args[0]):
             return overload(*args)
-        learns = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        learns = torch.is_grad_enabled() and _any_requires_grad(*args)
         bits = _asked_by_thread().raw_repr()
         if learns or kernel is not None:
             for i in tensors:

@@ -226,6 +226,14 @@ def test_below_autograd_nothing_is_recorded(native: bool) -> None:
     assert not out.requires_grad and watched.ways == ["native"]
 
 
+def test_a_torch_without_what_it_takes_goes_through_the_dispatcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(eager, "AVAILABLE", False)
+    overload = torch.ops.aten.neg.default
+    assert eager.short_cut(overload, torch.neg) is overload
+
+
 def test_every_overload_has_its_short_cut() -> None:
     for sample in SAMPLES:
         op = sample.op
