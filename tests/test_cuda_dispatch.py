@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from patchgen_fast import attention, dispatch, patch_embed
+from patchgen_fast import attention, dispatch, patch_embed, varlen_attention
 from patchgen_fast.ops import _cuda_limits
 from patchgen_fast.registry import OPS
 
@@ -23,7 +23,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     def has(shared_bytes: int) -> None:
         monkeypatch.setattr(_cuda_limits, "shared_memory", lambda device: shared_bytes)
 
-    for name in ("attention", "patch_embed"):
+    for name in ("attention", "varlen_attention", "patch_embed"):
         monkeypatch.setattr(OPS[name].backends["cuda"], "unavailable", None)
         monkeypatch.setattr(OPS[name], "prefer", lambda args: "cuda")
     has(HOPPER)
@@ -130,6 +130,28 @@ def test_patch_embed(side, weight_dtype, shared_bytes, codes, gpu, monkeypatch):
     weight = torch.empty(768, 3, side, side, dtype=weight_dtype, device="cuda")
     backend, refused = chosen(monkeypatch, lambda: patch_embed(images, weight))
     assert refused == codes and (backend == "cuda") == (not codes)
+
+
+@pytest.mark.parametrize(
+    ("longest", "head_dim", "shared_bytes", "codes"),
+    [
+        ((197, 197), 64, HOPPER, []),
+        ((5000, 77), 64, HOPPER, []),
+        ((4, 273), 64, HOPPER, ["length"]),  # no decode kernel takes packed sequences
+        ((197, 197), 36, HOPPER, ["head_dim"]),
+        ((272, 272), 128, ADA, ["shared_memory"]),
+    ],
+)
+def test_packed_sequences(longest, head_dim, shared_bytes, codes, gpu, monkeypatch):
+    gpu(shared_bytes)
+    query = torch.empty(6000, 3, head_dim, dtype=HALF, device="cuda")
+    offsets = torch.empty(9, dtype=torch.int32, device="cuda")
+    call = lambda: varlen_attention(query, query, query, offsets, offsets, *longest)  # noqa: E731
+    backend, refused = chosen(monkeypatch, call)
+    assert refused == codes and (backend == "cuda") == (not codes)
+    query.requires_grad_()
+    beyond = ["training"] if not codes and max(longest) > 272 else []
+    assert chosen(monkeypatch, call)[1] in (codes + beyond, [*codes, "training"])
 
 
 def test_tensors_elsewhere_are_refused(monkeypatch):

@@ -31,9 +31,9 @@ def test_offsets_that_nothing_checked_stay_within_the_tensors(offsets: list[int]
     query, key, value = (torch.randn(20, 2, 16) for _ in range(3))
     cu = torch.tensor(offsets, dtype=torch.int32)
     raw = torch.ops.patchgen_fast_native
-    out, lse = raw.varlen_attention(query, key, value, cu, cu, True, 0.25)
+    out, lse = raw.varlen_attention(query, key, value, cu, cu, 20, 20, True, 0.25)
     grads = raw.varlen_attention_backward(
-        torch.ones_like(out), None, query, key, value, out, lse, cu, cu, True, 0.25
+        torch.ones_like(out), None, query, key, value, out, lse, cu, cu, 20, 20, True, 0.25
     )
     assert out.shape == query.shape and lse.shape == (2, 20)
     assert all(x.isfinite().all() for x in (out, *grads))

@@ -123,7 +123,8 @@ void for_each_sequence_task(const Parallel& threads, const std::vector<Attention
 }
 
 std::tuple<Tensor, Tensor> varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_q,
-                                            Tensor cu_k, bool is_causal, double scale) {
+                                            Tensor cu_k, int64_t /*max_q*/, int64_t /*max_k*/,
+                                            bool is_causal, double scale) {
   static CallCounter calls("varlen_attention.cpu");
   calls.add();
   Sequences<AttentionForward> all(query, key, value, cu_q, cu_k, is_causal, scale);
@@ -160,6 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(Tensor grad_out,
                                                              OptionalTensor grad_lse, Tensor query,
                                                              Tensor key, Tensor value, Tensor out,
                                                              Tensor lse, Tensor cu_q, Tensor cu_k,
+                                                             int64_t /*max_q*/, int64_t /*max_k*/,
                                                              bool is_causal, double scale) {
   static CallCounter calls("varlen_attention_backward.cpu");
   calls.add();
@@ -210,15 +212,17 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(Tensor grad_out,
 }  // namespace
 }  // namespace patchgen_fast
 
-// The stable ABI has no SymInt: Python registers varlen_attention.cpu as calls of these raw ops.
+// The stable ABI has no SymInt: Python registers varlen_attention.cpu and .cuda as calls of these
+// raw ops.
 STABLE_TORCH_LIBRARY_FRAGMENT(patchgen_fast_native, m) {
   m.def(
       "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor "
-      "cu_seqlens_k, bool is_causal, float scale) -> (Tensor, Tensor)");
+      "cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, bool is_causal, float scale) -> (Tensor, "
+      "Tensor)");
   m.def(
       "varlen_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
-      "Tensor value, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool "
-      "is_causal, float scale) -> (Tensor, Tensor, Tensor)");
+      "Tensor value, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int "
+      "max_seqlen_q, int max_seqlen_k, bool is_causal, float scale) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(patchgen_fast_native, CPU, m) {

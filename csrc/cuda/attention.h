@@ -26,6 +26,16 @@ struct Mask {
   int64_t batch_stride, head_stride, query_stride, key_stride;
 };
 
+// Sequences packed one after another instead of a batch, where `query_starts` is not null. Sequence
+// s is rows starts[s] to starts[s + 1] of its tensor; `queries` and `keys` are then the longest
+// sequence's, `batch` is sequences + 1 (the last is the rows that no sequence owns), and batch
+// strides are 0. Causal is bottom-right: query i sees keys up to i + keys - queries.
+struct Packed {
+  const int32_t* query_starts;  // [batch]
+  const int32_t* key_starts;    // [batch]
+  int all_queries, all_keys;    // rows of the tensors
+};
+
 // Query i of batch b sees key j iff the mask allows it, j < kv_lengths[b], and, when causal,
 // j <= i + query_offset[b].
 struct AttentionInputs {
@@ -36,6 +46,7 @@ struct AttentionInputs {
   Mask mask;
   const int32_t* kv_lengths;    // [batch], or null: all keys
   const int32_t* query_offset;  // [batch], or null: 0
+  Packed packed;
   int batch, heads, kv_heads, queries, keys, head_dim;
   DType dtype;  // of query, key and value: BFLOAT16 or FLOAT16
   bool causal;
@@ -45,7 +56,8 @@ struct AttentionInputs {
 struct AttentionForward : AttentionInputs {
   void* out;  // [batch, heads, queries, head_dim]
   Strides out_stride;
-  float* lse;  // [batch, heads, queries], contiguous; natural logarithm, -inf for an empty row
+  float* lse;  // [batch, heads, queries], packed [heads, all_queries], contiguous; natural
+               // logarithm, -inf for an empty row
 };
 
 // Up to so many queries are taken as a step of generation: any number of keys, split among blocks.
@@ -67,7 +79,7 @@ struct AttentionBackward : AttentionInputs {
   const void* out;  // as the forward wrote them
   const float* lse;
   const void* grad_out;   // [batch, heads, queries, head_dim]
-  const float* grad_lse;  // [batch, heads, queries], contiguous, or null
+  const float* grad_lse;  // as lse, or null
   Strides out_stride, grad_out_stride;
   void* grad_query;  // the gradients have the shapes and dtypes of what they are gradients of
   void* grad_key;

@@ -135,6 +135,22 @@ PATCHGEN_DEVICE void to_d_scores(Square& products, const Square& weights, uint32
         weights[n][i] * (products[n][i] - facts_of<TRANSPOSED>(facts, n, i, lane).delta);
 }
 
+// Zeros in all gradients of a key-value head and its query heads.
+template <class T>
+PATCHGEN_DEVICE void clear_head(const AttentionBackward& p, const Extent& extent, int batch,
+                                int kv_head, int thread) {
+  const int group = p.heads / p.kv_heads;
+  auto clear = [&](void* grad, const Strides& stride, int head, int first_row, int rows) {
+    clear_rows(rows_of<T>(grad, stride, batch, head, first_row), stride.row, rows, p.head_dim,
+               thread, BackwardLayout::THREADS);
+  };
+  for (int member = 0; member < group; ++member)
+    clear(p.grad_query, p.grad_query_stride, kv_head * group + member, extent.first_query,
+          extent.queries);
+  clear(p.grad_key, p.grad_key_stride, kv_head, extent.first_key, extent.keys);
+  clear(p.grad_value, p.grad_value_stride, kv_head, extent.first_key, extent.keys);
+}
+
 // D: head_dim rounded up to a width we have.
 template <class T, int D>
 PATCHGEN_KERNEL(BackwardLayout::THREADS, BackwardLayout::BLOCKS)
@@ -147,11 +163,16 @@ attention_backward_kernel(const AttentionBackward p) {
   const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
   const int batch = blockIdx.x / p.kv_heads, kv_head = blockIdx.x % p.kv_heads;
   const int group = p.heads / p.kv_heads;
+  const Extent extent = extent_of(p, batch);
+  if (is_unowned(p, batch)) {
+    clear_head<T>(p, extent, batch, kv_head, thread);
+    return;
+  }
   const LogitScale logit(p);
   const bool additive = p.mask.kind == MaskKind::ELEMENT || p.mask.kind == MaskKind::FLOAT32;
 
-  const int query_tiles = ceil_div(p.queries, TILE), padded_queries = query_tiles * TILE;
-  const int longest = max_of(padded_queries, round_up(p.keys, TILE));
+  const int query_tiles = ceil_div(extent.queries, TILE), padded_queries = query_tiles * TILE;
+  const int longest = max_of(padded_queries, round_up(extent.keys, TILE));
   const uint32_t shared = shared_address(memory);
   const Rows first{shared}, second{shared + Rows::bytes(longest)};  // the resident pair
   const uint32_t own = shared + Rows::bytes(2 * longest + warp * 2 * TILE);
@@ -177,12 +198,13 @@ attention_backward_kernel(const AttentionBackward p) {
   };
 
   // ---- rows: keys and values are resident
-  const int kv_length = Visibility(p, batch, 0).keys;
-  copy_rows_async<T, D>(first, rows_of<T>(p.key, p.key_stride, batch, kv_head), p.key_stride.row,
-                        kv_length, round_up(kv_length, TILE), p.head_dim, thread, THREADS);
-  copy_rows_async<T, D>(second, rows_of<T>(p.value, p.value_stride, batch, kv_head),
-                        p.value_stride.row, kv_length, round_up(kv_length, TILE), p.head_dim,
-                        thread, THREADS);
+  const int kv_length = Visibility(p, extent, batch, 0).keys;
+  copy_rows_async<T, D>(first, rows_of<T>(p.key, p.key_stride, batch, kv_head, extent.first_key),
+                        p.key_stride.row, kv_length, round_up(kv_length, TILE), p.head_dim, thread,
+                        THREADS);
+  copy_rows_async<T, D>(
+      second, rows_of<T>(p.value, p.value_stride, batch, kv_head, extent.first_key),
+      p.value_stride.row, kv_length, round_up(kv_length, TILE), p.head_dim, thread, THREADS);
   copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
@@ -191,17 +213,18 @@ attention_backward_kernel(const AttentionBackward p) {
   for (int work = warp; work < group * query_tiles; work += WARPS) {
     const int member = work / query_tiles, first_query = work % query_tiles * TILE;
     const int head = kv_head * group + member;
-    const int rows = min_of(TILE, p.queries - first_query);
-    const Visibility view(p, batch, head);
+    const int rows = min_of(TILE, extent.queries - first_query);
+    const Visibility view(p, extent, batch, head);
     const uint32_t tile_facts = facts_at(member, first_query);
-    const int64_t flat_row =
-        (static_cast<int64_t>(batch) * p.heads + head) * p.queries + first_query;
-    const T* out = rows_of<T>(p.out, p.out_stride, batch, head) + first_query * p.out_stride.row;
+    const int64_t flat_row = lse_row(p, extent, batch, head) + first_query;
+    const T* out = rows_of<T>(p.out, p.out_stride, batch, head, extent.first_query) +
+                   first_query * p.out_stride.row;
 
     Left queries, grads;
-    stage_pair(rows_of<T>(p.query, p.query_stride, batch, head), p.query_stride.row,
-               rows_of<T>(p.grad_out, p.grad_out_stride, batch, head), p.grad_out_stride.row,
-               first_query, p.queries, queries, grads);
+    stage_pair(rows_of<T>(p.query, p.query_stride, batch, head, extent.first_query),
+               p.query_stride.row,
+               rows_of<T>(p.grad_out, p.grad_out_stride, batch, head, extent.first_query),
+               p.grad_out_stride.row, first_query, extent.queries, queries, grads);
     const int key_tiles = ceil_div(view.tile_limit(first_query), TILE);
 
     const float delta = delta_of_row<T, D>(stage_b, out, p.out_stride.row, rows, p.head_dim, lane);
@@ -252,43 +275,44 @@ attention_backward_kernel(const AttentionBackward p) {
     }
     grad_query.scale_rows(p.scale, p.scale);
     __syncwarp();  // delta has been read from the stage
-    T* to = rows_of<T>(p.grad_query, p.grad_query_stride, batch, head) +
+    T* to = rows_of<T>(p.grad_query, p.grad_query_stride, batch, head, extent.first_query) +
             first_query * p.grad_query_stride.row;
     grad_query.template store<T>(stage_a, to, p.grad_query_stride.row, rows, p.head_dim, lane);
   }
 
   // ---- columns: queries and grad_out are resident
-  const int key_tiles = ceil_div(p.keys, TILE);
+  const int key_tiles = ceil_div(extent.keys, TILE);
   PATCHGEN_NO_UNROLL
   for (int block_tile = 0; block_tile < key_tiles; block_tile += WARPS) {
     const int first_key = (block_tile + warp) * TILE;
-    const bool active = first_key < p.keys;
+    const bool active = first_key < extent.keys;
     Left keys, values;
     RowAccumulators<D> grad_key, grad_value;
     grad_key.clear();
     grad_value.clear();
     if (active)  // keys from kv_length on are zeros here: they are hidden, and may hold anything
-      stage_pair(rows_of<T>(p.key, p.key_stride, batch, kv_head), p.key_stride.row,
-                 rows_of<T>(p.value, p.value_stride, batch, kv_head), p.value_stride.row, first_key,
-                 kv_length, keys, values);
+      stage_pair(rows_of<T>(p.key, p.key_stride, batch, kv_head, extent.first_key),
+                 p.key_stride.row,
+                 rows_of<T>(p.value, p.value_stride, batch, kv_head, extent.first_key),
+                 p.value_stride.row, first_key, kv_length, keys, values);
 
     PATCHGEN_NO_UNROLL
     for (int member = 0; member < group; ++member) {
       const int head = kv_head * group + member;
       if (group > 1 || block_tile == 0) {
         __syncthreads();  // what was resident is no longer needed, and the facts are written
-        copy_rows_async<T, D>(first, rows_of<T>(p.query, p.query_stride, batch, head),
-                              p.query_stride.row, p.queries, padded_queries, p.head_dim, thread,
-                              THREADS);
-        copy_rows_async<T, D>(second, rows_of<T>(p.grad_out, p.grad_out_stride, batch, head),
-                              p.grad_out_stride.row, p.queries, padded_queries, p.head_dim, thread,
-                              THREADS);
+        copy_rows_async<T, D>(
+            first, rows_of<T>(p.query, p.query_stride, batch, head, extent.first_query),
+            p.query_stride.row, extent.queries, padded_queries, p.head_dim, thread, THREADS);
+        copy_rows_async<T, D>(
+            second, rows_of<T>(p.grad_out, p.grad_out_stride, batch, head, extent.first_query),
+            p.grad_out_stride.row, extent.queries, padded_queries, p.head_dim, thread, THREADS);
         copy_async_commit();
         copy_async_wait<0>();
         __syncthreads();
       }
       if (!active) continue;
-      const Visibility view(p, batch, head);
+      const Visibility view(p, extent, batch, head);
       PATCHGEN_NO_UNROLL
       for (int t = 0; t < query_tiles; ++t) {
         if (first_key >= view.tile_limit(t * TILE)) continue;  // no query of the tile sees them
@@ -307,10 +331,10 @@ attention_backward_kernel(const AttentionBackward p) {
     }
     if (!active) continue;
     grad_key.scale_rows(p.scale, p.scale);
-    const int rows = p.keys - first_key;
-    T* to_key = rows_of<T>(p.grad_key, p.grad_key_stride, batch, kv_head) +
+    const int rows = extent.keys - first_key;
+    T* to_key = rows_of<T>(p.grad_key, p.grad_key_stride, batch, kv_head, extent.first_key) +
                 first_key * p.grad_key_stride.row;
-    T* to_value = rows_of<T>(p.grad_value, p.grad_value_stride, batch, kv_head) +
+    T* to_value = rows_of<T>(p.grad_value, p.grad_value_stride, batch, kv_head, extent.first_key) +
                   first_key * p.grad_value_stride.row;
     __syncwarp();
     grad_key.template store<T>(stage_a, to_key, p.grad_key_stride.row, rows, p.head_dim, lane);

@@ -86,7 +86,7 @@ attention_decode_kernel(const AttentionForward p, const DecodeWork work) {
   copy_async_commit();
 
   // This split's tiles of 16 keys; the warps take turns.
-  const int end_key = Visibility(p, batch, kv_head * group).limit(p.queries - 1);
+  const int end_key = Visibility(p, whole_extent(p), batch, kv_head * group).limit(p.queries - 1);
   const int key_tiles = ceil_div(end_key, TILE), per_split = ceil_div(key_tiles, work.splits);
   const int first_tile = split * per_split + warp;
   const int end_tile = min_of(key_tiles, (split + 1) * per_split);
@@ -114,8 +114,8 @@ attention_decode_kernel(const AttentionForward p, const DecodeWork work) {
   const LogitScale logit(p);
   const int row_of_half[2] = {lane / 4 < rows ? lane / 4 : 0,
                               lane / 4 + 8 < rows ? lane / 4 + 8 : 0};
-  const Visibility view[2] = {Visibility(p, batch, head_of(row_of_half[0])),
-                              Visibility(p, batch, head_of(row_of_half[1]))};
+  const Visibility view[2] = {Visibility(p, whole_extent(p), batch, head_of(row_of_half[0])),
+                              Visibility(p, whole_extent(p), batch, head_of(row_of_half[1]))};
 
   RowAccumulators<D> output;
   output.clear();

@@ -46,14 +46,15 @@ attention_forward_kernel(const AttentionForward p, int shares) {
   const int share = blockIdx.x % shares, flat_head = blockIdx.x / shares;
   const int batch = flat_head / p.heads, head = flat_head % p.heads;
   const int kv_head = head / (p.heads / p.kv_heads);
-  const Visibility view(p, batch, head);
+  const Extent extent = extent_of(p, batch);
+  const Visibility view(p, extent, batch, head);
   const LogitScale logit(p);
 
-  const T* query = rows_of<T>(p.query, p.query_stride, batch, head);
-  const T* key = rows_of<T>(p.key, p.key_stride, batch, kv_head);
-  const T* value = rows_of<T>(p.value, p.value_stride, batch, kv_head);
-  T* out = rows_of<T>(p.out, p.out_stride, batch, head);
-  float* lse = p.lse + static_cast<int64_t>(flat_head) * p.queries;
+  const T* query = rows_of<T>(p.query, p.query_stride, batch, head, extent.first_query);
+  const T* key = rows_of<T>(p.key, p.key_stride, batch, kv_head, extent.first_key);
+  const T* value = rows_of<T>(p.value, p.value_stride, batch, kv_head, extent.first_key);
+  T* out = rows_of<T>(p.out, p.out_stride, batch, head, extent.first_query);
+  float* lse = p.lse + lse_row(p, extent, batch, head);
 
   const int padded_keys = round_up(view.keys, TILE);
   const uint32_t shared = shared_address(memory);
@@ -61,11 +62,11 @@ attention_forward_kernel(const AttentionForward p, int shares) {
   const uint32_t own = shared + Rows::bytes(2 * padded_keys + warp * 2 * TILE);
   Rows current{own}, next{own + Rows::bytes(TILE)};
 
-  const int query_tiles = ceil_div(p.queries, TILE);
+  const int query_tiles = ceil_div(view.queries, TILE);
   auto fetch_queries = [&](Rows to, int tile) {
     if (tile < query_tiles)
       copy_rows_async<T, D>(to, query + tile * TILE * p.query_stride.row, p.query_stride.row,
-                            p.queries - tile * TILE, TILE, p.head_dim, lane, WARP);
+                            view.queries - tile * TILE, TILE, p.head_dim, lane, WARP);
   };
 
   const int first_tile = share * WARPS + warp;
@@ -124,11 +125,11 @@ attention_forward_kernel(const AttentionForward p, int shares) {
       sum.scale_rows(row.inverse_sum(0), row.inverse_sum(1));
       __syncwarp();  // every lane has its queries: their place may be written over
       sum.template store<T>(current, out + first_query * p.out_stride.row, p.out_stride.row,
-                            p.queries - first_query, p.head_dim, lane);
+                            view.queries - first_query, p.head_dim, lane);
       PATCHGEN_UNROLL
       for (int half = 0; half < 2; ++half) {
         int i = first_query + lane / 4 + 8 * half;
-        if (lane % 4 == 0 && i < p.queries) lse[i] = row.log_sum_exp(half);
+        if (lane % 4 == 0 && i < view.queries) lse[i] = row.log_sum_exp(half);
       }
       copy_async_wait<0>();
       __syncwarp();  // the next queries are here, and `current` is read out

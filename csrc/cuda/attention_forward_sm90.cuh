@@ -59,7 +59,7 @@ attention_forward_sm90_kernel(const AttentionForward p, const __grid_constant__ 
   const int share = blockIdx.x % shares, flat_head = blockIdx.x / shares;
   const int batch = flat_head / p.heads, head = flat_head % p.heads;
   const int kv_head = head / (p.heads / p.kv_heads);
-  const Visibility view(p, batch, head);
+  const Visibility view(p, whole_extent(p), batch, head);
   const LogitScale logit(p);
   T* out = rows_of<T>(p.out, p.out_stride, batch, head);
   float* lse = p.lse + static_cast<int64_t>(flat_head) * p.queries;

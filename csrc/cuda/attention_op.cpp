@@ -6,18 +6,6 @@
 namespace patchgen_fast::cuda {
 namespace {
 
-// Kernels read rows 16 bytes at a time: what does not lie so is copied. Packed projections and
-// head dimensions that are multiples of 8 always do; so does the gradient of a sum (stride 0),
-// except along a row.
-Tensor in_chunks(const Tensor& tensor) {
-  constexpr int64_t CHUNK = 8;
-  bool fits = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 &&
-              (tensor.stride(3) == 1 || tensor.size(3) == 1);
-  for (int64_t d = 0; d < 3; ++d)
-    fits = fits && (tensor.stride(d) % CHUNK == 0 || tensor.size(d) <= 1);
-  return fits ? tensor : torch::stable::clone(torch::stable::contiguous(tensor));
-}
-
 Strides strides_of(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }

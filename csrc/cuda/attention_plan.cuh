@@ -47,7 +47,7 @@ void plan_attention_forward(const AttentionForward& p, int multiprocessors, Run&
 // whole sequences (values beyond a length would have to be zeroed after the copy).
 inline bool served_by_sm90(const AttentionInputs& p) {
   const bool width = (p.head_dim > 48 && p.head_dim <= 64) || (p.head_dim > 96);
-  return width && !p.kv_lengths && p.keys > 0 && p.keys <= SHORT_SEQUENCE;
+  return width && !p.kv_lengths && !p.packed.query_starts && p.keys > 0 && p.keys <= SHORT_SEQUENCE;
 }
 
 // For a GPU of sm_90. A block takes 64 queries at a time.

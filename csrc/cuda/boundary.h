@@ -59,6 +59,19 @@ const T* data_or_null(const OptionalTensor& tensor) {
   return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
+// Kernels read rows 16 bytes at a time: what does not lie so is copied. Packed projections and
+// head dimensions that are multiples of 8 always do; so does the gradient of a sum (stride 0),
+// except along a row.
+inline Tensor in_chunks(const Tensor& tensor) {
+  constexpr int64_t CHUNK = 8;
+  const int64_t along = tensor.dim() - 1;
+  bool fits = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 &&
+              (tensor.stride(along) == 1 || tensor.size(along) == 1);
+  for (int64_t d = 0; d < along; ++d)
+    fits = fits && (tensor.stride(d) % CHUNK == 0 || tensor.size(d) <= 1);
+  return fits ? tensor : torch::stable::clone(torch::stable::contiguous(tensor));
+}
+
 // Uninitialised, on the device of `like`.
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, type);

@@ -81,6 +81,15 @@ PATCHGEN_DEVICE void copy_rows_async(SharedRows<WIDTH> to, const T* from, int64_
   }
 }
 
+// Zeros in rows [0, rows) of a matrix in global memory.
+template <class T>
+PATCHGEN_DEVICE void clear_rows(T* to, int64_t row_stride, int rows, int width, int thread,
+                                int threads) {
+  const int chunks = width / CHUNK;
+  for (int64_t i = thread; i < static_cast<int64_t>(rows) * chunks; i += threads)
+    *reinterpret_cast<uint4*>(to + i / chunks * row_stride + i % chunks * CHUNK) = {0, 0, 0, 0};
+}
+
 // 16 rows as left operands over all of WIDTH: k-steps of 16, and one of 8 where WIDTH asks for it
 // (72 = 4 x 16 + 8), so that no product is spent on padding. HELD in registers, or, where there
 // are too few, loaded again for each product from rows that must then stay in shared memory.

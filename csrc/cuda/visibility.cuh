@@ -9,14 +9,56 @@ namespace patchgen_fast::cuda {
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float MINUS_INFINITY = -INFINITY;
 
-// Row 0 of one head of one batch entry.
+// The first row of one head of one batch entry.
 template <class T>
-PATCHGEN_DEVICE const T* rows_of(const void* tensor, const Strides& stride, int batch, int head) {
-  return static_cast<const T*>(tensor) + batch * stride.batch + head * stride.head;
+PATCHGEN_DEVICE const T* rows_of(const void* tensor, const Strides& stride, int batch, int head,
+                                 int first_row = 0) {
+  return static_cast<const T*>(tensor) + batch * stride.batch + head * stride.head +
+         first_row * stride.row;
 }
 template <class T>
-PATCHGEN_DEVICE T* rows_of(void* tensor, const Strides& stride, int batch, int head) {
-  return static_cast<T*>(tensor) + batch * stride.batch + head * stride.head;
+PATCHGEN_DEVICE T* rows_of(void* tensor, const Strides& stride, int batch, int head,
+                           int first_row = 0) {
+  return static_cast<T*>(tensor) + batch * stride.batch + head * stride.head +
+         first_row * stride.row;
+}
+
+// The rows of one batch entry, or of one packed sequence.
+struct Extent {
+  int first_query, first_key, queries, keys;
+};
+
+PATCHGEN_DEVICE Extent whole_extent(const AttentionInputs& p) {
+  return {0, 0, p.queries, p.keys};
+}
+
+// What no sequence owns: the results there are zeros.
+PATCHGEN_DEVICE bool is_unowned(const AttentionInputs& p, int batch) {
+  return p.packed.query_starts && batch == p.batch - 1;
+}
+
+PATCHGEN_DEVICE Extent extent_of(const AttentionInputs& p, int batch) {
+  const Packed& packed = p.packed;
+  if (!packed.query_starts) return whole_extent(p);
+  auto start = [](const int32_t* starts, int s, int all) {
+    return max_of(0, min_of(starts[s], all));
+  };
+  const int first_query = start(packed.query_starts, batch, packed.all_queries);
+  const int first_key = start(packed.key_starts, batch, packed.all_keys);
+  if (is_unowned(p, batch))
+    return {first_query, first_key, packed.all_queries - first_query, packed.all_keys - first_key};
+  const int queries = start(packed.query_starts, batch + 1, packed.all_queries) - first_query;
+  const int keys = start(packed.key_starts, batch + 1, packed.all_keys) - first_key;
+  return {first_query, first_key, max_of(0, min_of(queries, p.queries)),
+          max_of(0, min_of(keys, p.keys))};
+}
+
+// Where the log-sum-exp of its first query lies.
+PATCHGEN_DEVICE int64_t lse_row(const AttentionInputs& p, const Extent& extent, int batch,
+                                int head) {
+  if (p.packed.query_starts)
+    return static_cast<int64_t>(head) * p.packed.all_queries + extent.first_query;
+  return (static_cast<int64_t>(batch) * p.heads + head) * p.queries;
 }
 
 // Of one head of one batch entry. Lengths and offsets come from memory and are only clamped here:
@@ -29,13 +71,13 @@ struct Visibility {
   int offset;                        // causal: query i sees keys up to i + offset
   bool causal;
 
-  PATCHGEN_DEVICE Visibility(const AttentionInputs& p, int batch, int head)
+  PATCHGEN_DEVICE Visibility(const AttentionInputs& p, const Extent& extent, int batch, int head)
       : kind(p.mask.kind),
         query_stride(p.mask.query_stride),
         key_stride(p.mask.key_stride),
-        queries(p.queries),
-        keys(p.keys),
-        offset(0),
+        queries(extent.queries),
+        keys(is_unowned(p, batch) ? 0 : extent.keys),
+        offset(p.packed.query_starts ? keys - queries : 0),
         causal(p.causal) {
     int bytes = kind == MaskKind::BOOL ? 1 : kind == MaskKind::ELEMENT ? 2 : 4;
     mask = static_cast<const char*>(p.mask.data) +

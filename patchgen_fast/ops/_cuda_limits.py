@@ -59,32 +59,47 @@ def patch_embed_bytes(values: int, channels: int) -> int:
     return 2 * 2 * stage + 8 * (128 + values + channels)
 
 
+def _is_packed(a: Any) -> bool:
+    return hasattr(a, "max_seqlen_q")
+
+
+def _lengths(a: Any) -> tuple[int, int]:
+    """Queries and keys, of the longest sequence where they are packed."""
+    if _is_packed(a):
+        return a.max_seqlen_q, a.max_seqlen_k
+    return a.query.shape[2], a.key.shape[2]
+
+
+def _is_step(a: Any) -> bool:
+    """Whether the decode kernel takes it, which streams keys and values."""
+    return not _is_packed(a) and a.query.shape[2] <= FEW_QUERIES
+
+
 def _long(a: Any) -> bool:
-    return a.query.shape[2] > FEW_QUERIES and a.key.shape[2] > SHORT_SEQUENCE
+    return not _is_step(a) and _lengths(a)[1] > SHORT_SEQUENCE
 
 
 def _forward_does_not_fit(a: Any) -> bool:
-    if a.query.shape[2] <= FEW_QUERIES or _long(a) or a.query.shape[3] > WIDTHS[-1]:
+    if _is_step(a) or _long(a) or a.query.shape[-1] > WIDTHS[-1]:
         return False  # streamed, or refused already
-    return forward_bytes(a.query.shape[3], a.key.shape[2]) > shared_memory(a.query.device)
+    return forward_bytes(a.query.shape[-1], _lengths(a)[1]) > shared_memory(a.query.device)
 
 
 def _long_for_backward(a: Any) -> bool:
-    return max(a.query.shape[2], a.key.shape[2]) > SHORT_SEQUENCE
+    return max(_lengths(a)) > SHORT_SEQUENCE
 
 
 def _backward_does_not_fit(a: Any) -> bool:
-    _, heads, queries, head_dim = a.query.shape
-    _, kv_heads, keys, _ = a.key.shape
+    heads, kv_heads, head_dim = a.query.shape[1], a.key.shape[1], a.query.shape[-1]
     if head_dim > WIDTHS[-1] or _long_for_backward(a) or kv_heads == 0:
         return False
-    needed = backward_bytes(head_dim, queries, keys, heads // kv_heads)
+    needed = backward_bytes(head_dim, *_lengths(a), heads // kv_heads)
     return needed > shared_memory(a.query.device)
 
 
 def _trains_beyond_the_backward(a: Any) -> bool:
     """Whether gradients will be asked for that the CUDA backward would have to leave to others."""
-    mask = a.attn_mask
+    mask = getattr(a, "attn_mask", None)
     mask_grad = mask is not None and mask.requires_grad
     if not torch.is_grad_enabled():
         return False
@@ -134,6 +149,11 @@ MASK_GRADIENT = Refusal(
     "the backward CUDA kernel gives no gradient of attn_mask",
     lambda a: a.mask_grad,
 )
+PACKED_KEYS = Refusal(
+    "length",
+    f"the CUDA kernels take packed sequences of at most {SHORT_SEQUENCE} keys",
+    _long,
+)
 ATTENTION = (NOT_ON_CUDA, HALF, HEAD_DIM, KEYS, FORWARD_MEMORY, TRAINING)
 ATTENTION_BACKWARD = (
     NOT_ON_CUDA,
@@ -143,6 +163,8 @@ ATTENTION_BACKWARD = (
     BACKWARD_MEMORY,
     MASK_GRADIENT,
 )
+VARLEN_ATTENTION = (NOT_ON_CUDA, HALF, HEAD_DIM, PACKED_KEYS, FORWARD_MEMORY, TRAINING)
+VARLEN_ATTENTION_BACKWARD = (NOT_ON_CUDA, HALF, HEAD_DIM, BACKWARD_LENGTH, BACKWARD_MEMORY)
 
 
 def _patches(a: Any) -> int:

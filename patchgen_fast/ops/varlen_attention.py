@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import reference, stock, triton
 from ..dispatch import Refusal
 from ..registry import Op
+from . import _cuda_limits
 from ._checks import (
     FLOATS,
     autocast,
@@ -135,24 +136,27 @@ OP = Op(
 OP.add_torch(stock.varlen_attention, refuses=(FLOAT64, OFFSETS_UNREAD))
 
 
-def _cpu_forward(query, key, value, cu_q, cu_k, max_q, max_k, is_causal, scale):
-    raw = torch.ops.patchgen_fast_native.varlen_attention
-    return raw(query, key, value, cu_q, cu_k, is_causal, scale)
+def _native_forward(*args):
+    return torch.ops.patchgen_fast_native.varlen_attention(*args)
 
 
-def _cpu_backward(
-    grad_out, grad_lse, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, is_causal, scale
-):
-    raw = torch.ops.patchgen_fast_native.varlen_attention_backward
-    return raw(grad_out, grad_lse, query, key, value, out, lse, cu_q, cu_k, is_causal, scale)
+def _native_backward(*args):
+    return torch.ops.patchgen_fast_native.varlen_attention_backward(*args)
 
 
 OP.add_native(
     "cpu",
     refuses=(NOT_ON_CPU, FLOAT64, HEAD_DIM),
     refuses_backward=(NOT_ON_CPU, FLOAT64, HEAD_DIM),
-    forward=_cpu_forward,
-    backward=_cpu_backward,
+    forward=_native_forward,
+    backward=_native_backward,
+)
+OP.add_native(
+    "cuda",
+    _cuda_limits.VARLEN_ATTENTION,
+    _cuda_limits.VARLEN_ATTENTION_BACKWARD,
+    forward=_native_forward,
+    backward=_native_backward,
 )
 OP.add_kernels(
     "triton",

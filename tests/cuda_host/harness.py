@@ -88,6 +88,12 @@ class Strides(ctypes.Structure):
         assert tensor.stride(3) == 1 or tensor.shape[3] <= 1
         return cls(*tensor.stride()[:3])
 
+    @classmethod
+    def of_packed(cls, tensor: torch.Tensor) -> Strides:
+        """Of [tokens, heads, head_dim]."""
+        assert tensor.stride(2) == 1
+        return cls(0, tensor.stride(1), tensor.stride(0))
+
 
 class Mask(ctypes.Structure):
     _fields_ = [
@@ -105,12 +111,20 @@ class Mask(ctypes.Structure):
         return cls(mask.data_ptr(), kind, *strides)
 
 
+class Packed(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("query_starts", "key_starts")],
+        *[(name, ctypes.c_int) for name in ("all_queries", "all_keys")],
+    ]
+
+
 class AttentionInputs(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("query", "key", "value")],
         *[(f"{name}_stride", Strides) for name in ("query", "key", "value")],
         ("mask", Mask),
         *[(name, ctypes.c_void_p) for name in ("kv_lengths", "query_offset")],
+        ("packed", Packed),
         *[(n, ctypes.c_int) for n in ("batch", "heads", "kv_heads", "queries", "keys", "head_dim")],
         ("dtype", ctypes.c_int),
         ("causal", ctypes.c_bool),
@@ -254,6 +268,7 @@ class Host:
             Mask.of(attn_mask, query.dtype),
             pointer(kv_lengths),
             pointer(query_offset),
+            Packed(),
             *(batch, heads, key.shape[1], queries, key.shape[2], head_dim),
             DTYPES[query.dtype],
             is_causal,
@@ -306,6 +321,43 @@ class Host:
             *[Strides.of(tensor) for tensor in (out, grad_out)],
             *[pointer(tensor) for tensor in grads],
             *[Strides.of(tensor) for tensor in grads],
+        )
+        self.call("host_attention_backward", problem)
+        return grads[0], grads[1], grads[2]
+
+    @staticmethod
+    def packed_inputs(
+        query, key, value, starts_q, starts_k, longest_q, longest_k, is_causal, scale
+    ) -> AttentionInputs:
+        """Of tensors [tokens, heads, head_dim], as varlen_attention_op.cpp makes them."""
+        views = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)]
+        inputs = Host.attention_inputs(*views, None, None, None, is_causal, scale)
+        inputs.packed = Packed(pointer(starts_q), pointer(starts_k), len(query), len(key))
+        inputs.query_stride, inputs.key_stride, inputs.value_stride = map(
+            Strides.of_packed, (query, key, value)
+        )
+        inputs.batch, inputs.queries, inputs.keys = len(starts_q), max(1, longest_q), longest_k
+        return inputs
+
+    def varlen_attention(self, query, key, value, *sequences) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.full(query.shape, torch.nan, dtype=query.dtype)
+        lse = torch.full(query.shape[1::-1], torch.nan)
+        inputs = self.packed_inputs(query, key, value, *sequences)
+        results = (pointer(out), Strides.of_packed(out), pointer(lse))
+        self.call("host_attention_forward", AttentionForward(inputs, *results))
+        return out, lse
+
+    def varlen_attention_backward(
+        self, grad_out, grad_lse, query, key, value, out, lse, *sequences
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        inputs = self.packed_inputs(query, key, value, *sequences)
+        grads = [torch.full(t.shape, torch.nan, dtype=t.dtype) for t in (query, key, value)]
+        problem = AttentionBackward(
+            inputs,
+            *[pointer(tensor) for tensor in (out, lse, grad_out, grad_lse)],
+            *map(Strides.of_packed, (out, grad_out)),
+            *[pointer(tensor) for tensor in grads],
+            *map(Strides.of_packed, grads),
         )
         self.call("host_attention_backward", problem)
         return grads[0], grads[1], grads[2]
