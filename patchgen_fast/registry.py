@@ -192,8 +192,8 @@ class Op:
         """A backend of the native library.
 
         Its C++ registers the overloads itself; ``forward`` and ``backward`` are given only where
-        the schema has a SymInt, which the stable ABI lacks: Python then takes it off and calls
-        the raw native op. A native library that lacks the kernel makes the backend unavailable,
+        the schema has a SymInt, which the stable ABI lacks: Python then calls the raw native op
+        with the integer. A native library that lacks the kernel makes the backend unavailable,
         with the reason.
         """
         reason = _native.unavailable_reason(backend)

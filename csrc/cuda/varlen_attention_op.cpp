@@ -7,6 +7,11 @@
 namespace patchgen_fast::cuda {
 namespace {
 
+// Callers may say more than there is.
+int longest(int64_t said, const Tensor& packed) {
+  return static_cast<int>(std::clamp<int64_t>(said, 0, packed.size(0)));
+}
+
 // [tokens, heads, width]
 Strides strides_of(const Tensor& tensor) {
   return {0, tensor.stride(1), tensor.stride(0)};
@@ -29,8 +34,8 @@ AttentionInputs inputs_of(const Tensor& query, const Tensor& key, const Tensor& 
   p.heads = static_cast<int>(query.size(1));
   p.kv_heads = static_cast<int>(key.size(1));
   // Rows that no sequence owns need a block even where all sequences are empty.
-  p.queries = static_cast<int>(std::max<int64_t>(1, max_q));
-  p.keys = static_cast<int>(max_k);
+  p.queries = std::max(1, longest(max_q, query));
+  p.keys = longest(max_k, key);
   p.head_dim = static_cast<int>(query.size(2));
   p.dtype = dtype_of(query);
   p.causal = is_causal;

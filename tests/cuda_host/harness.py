@@ -336,7 +336,9 @@ class Host:
         inputs.query_stride, inputs.key_stride, inputs.value_stride = map(
             Strides.of_packed, (query, key, value)
         )
-        inputs.batch, inputs.queries, inputs.keys = len(starts_q), max(1, longest_q), longest_k
+        inputs.batch = len(starts_q)
+        inputs.queries = max(1, min(longest_q, len(query)))
+        inputs.keys = min(longest_k, len(key))
         return inputs
 
     def varlen_attention(self, query, key, value, *sequences) -> tuple[torch.Tensor, torch.Tensor]:
