@@ -49,7 +49,8 @@ patch_embed_weight_kernel(const PatchEmbedBackward p) {
   const T* grad_out = static_cast<const T*>(p.grad_out);
   PatchLoader<Image, T, TOGETHER, DEPTH, SIDE> images;
   auto fetch = [&](int stage) {
-    images.fetch(g, table, slot(stage), values, first_value, thread);
+    // Beside sums and pixels, registers do not hold the addresses of all stages.
+    images.fetch(g, table, slot(stage), values, first_value, opaque(thread));
     auto grad_row = [&](int row) {
       const int patch = begin + stage * DEPTH + row;
       return patch < end ? grad_out + token_of(patch, patches, p.prefix_tokens) * p.embed : nullptr;
@@ -65,7 +66,7 @@ patch_embed_weight_kernel(const PatchEmbedBackward p) {
   if (stages > 0) fetch(0);
   PATCHGEN_NO_UNROLL
   for (int stage = 0; stage < stages; ++stage) {
-    images.store(image_stage(stage), table, slot(stage), values, first_value, thread);
+    images.store(image_stage(stage), table, slot(stage), values, first_value, opaque(thread));
     copy_async_wait<0>();
     __syncthreads();  // this stage is here; the other one, and this one's slots, are read out
     if (stage + 1 < stages) fetch(stage + 1);

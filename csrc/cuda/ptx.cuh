@@ -33,6 +33,15 @@ PATCHGEN_DEVICE T& shared_at(uint32_t address) {
   return *static_cast<T*>(__cvta_shared_to_generic(address));
 }
 
+// ---- what the compiler knows
+
+// x, of which the compiler knows nothing: what a loop makes of it is made in each round. Compilers
+// would make it once, before the loop, and keep it in registers that the loop needs for itself.
+PATCHGEN_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- arithmetic
 
 // 2^x, to about 2 ulp; denormal results become 0.

@@ -131,6 +131,7 @@ PATCHGEN_DEVICE void mask_scores(Square& scores, const Visibility& view, const L
                                  int first_query, int first_key, int lane) {
   bool hides = view.hides(first_query, first_key);
   if (!logit.scale_first && !hides) return;
+  lane = opaque(lane);  // or the places of all keys in the mask are kept: three registers each
   PATCHGEN_UNROLL
   for (int n = 0; n < 2; ++n) PATCHGEN_UNROLL
   for (int i = 0; i < 4; ++i) {

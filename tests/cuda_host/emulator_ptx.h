@@ -24,6 +24,10 @@ inline T& shared_at(uint32_t address) {
   return *reinterpret_cast<T*>(emulator::current_block()->shared() + address);
 }
 
+inline int opaque(int x) {
+  return x;
+}
+
 // ---- arithmetic
 
 inline float exp2_approx(float x) {

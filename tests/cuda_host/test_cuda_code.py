@@ -46,32 +46,8 @@ def test_every_kernel_is_there_for_every_architecture():
             assert f"attention_forward<bf16, {width}, {tiles}>" in kernels
 
 
-# Kernels for which ptxas 13.0 needs stack, at most 88 bytes a thread; what that costs is not
-# measured. For Blackwell it takes up to 100 registers more than for Hopper, whatever the bound; the
-# weights' gradient is at its bound of 128 on every chip.
-BLACKWELL = ("100a", "120a")
-SPILLS = {
-    **{f"attention_forward<{width}, 8>": BLACKWELL for width in (32, 64, 72, 80)},
-    "attention_forward<96, 8>": ("100a",),
-    **{f"attention_forward<{width}, 13>": BLACKWELL for width in (72, 80, 96, 128)},
-    **{f"attention_forward<{width}, 17>": BLACKWELL for width in (32, 64, 72, 80)},
-    "patch_embed_weight<uint8, 1>": ("86", "89"),
-    "patch_embed_weight<half, 1>": ("80",),
-    "patch_embed_weight<fp32, 8>": ("80",),
-}
-
-
-def test_nothing_spills_but_what_is_known():
-    for half in ("bf16", "fp16"):
-        spilling = {
-            (kernel.replace(f"<{half}, {half}", "<half").replace(f"{half}, ", ""), arch)
-            for (kernel, arch), row in ROWS.items()
-            if row["spill_bytes"] and half in kernel
-        }
-        assert spilling == {(kernel, arch) for kernel, archs in SPILLS.items() for arch in archs}
-    assert max(row["spill_bytes"] for row in ROWS.values()) <= 88
-    hopper = [key for key, row in ROWS.items() if key[1] == "90a" and row["spill_bytes"]]
-    assert hopper == [], "the GPU that the figures are for"
+def test_nothing_spills():
+    assert [key for key, row in ROWS.items() if row["spill_bytes"]] == []
 
 
 def test_registers_leave_room_for_two_blocks():
