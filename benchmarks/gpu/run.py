@@ -11,8 +11,9 @@ with those that are missing). Clocks and power limits are read, never set.
 
 ``DIR`` then holds ``steps.json`` (what ran, for how long, how it ended), ``run.log`` (everything
 that the steps printed), ``results.json`` (the measurements, as ``patchgen-fast bench`` writes
-them) and ``counters.csv`` (Nsight Compute's). ``--rehearse`` runs the same steps on a machine
-without a GPU, by tiny stand-ins, so that the script itself is tested.
+them), ``results-wgmma.json`` (the same of the wgmma kernels) and ``counters.csv`` (Nsight
+Compute's). ``--rehearse`` runs the same steps on a machine without a GPU, by tiny stand-ins, so that
+the script itself is tested.
 
 Exit status: 0 if every step that ran passed, 1 if one failed, 2 for wrong usage.
 """
@@ -36,6 +37,7 @@ import click
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = sys.executable
 OURS = ("--backend", "cuda", "--backend", "triton")
+WGMMA = {"PATCHGEN_FAST_CUDA_WGMMA": "1"}  # on Hopper; elsewhere it changes nothing
 CHECKED = "attention or decode or gradients or patch_embed or capture"
 
 
@@ -66,15 +68,17 @@ class Outcome:
         return self.status in ("failed", "timeout")
 
 
-def bench(out: Path, *arguments: str) -> tuple[str, ...]:
-    results = ("--json", str(out / "results.json"), "--resume", "--quiet")
-    return (PYTHON, "-m", "patchgen_fast", "bench", *results, *arguments)
+def bench(out: Path, *arguments: str, results: str = "results.json") -> tuple[str, ...]:
+    where = ("--json", str(out / results), "--resume", "--quiet")
+    return (PYTHON, "-m", "patchgen_fast", "bench", *where, *arguments)
 
 
 def steps(out: Path) -> list[Step]:
     """In the order of their worth. Measurements share one result file, each resuming the last."""
     pytest = (PYTHON, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
     gpu = ("--suite", "gpu", "--require-gpu", *OURS)
+    wgmma = ("--suite", "gpu", "--require-gpu", "--backend", "cuda")
+    of_attention = ("--op", "attention", "--dtype", "bfloat16")
     tiny = ("--suite", "quick", "--quick", "--dtype", "float32", "--phase", "forward")
     tiny = (*tiny, "--op", "attention")
     ops = sorted(str(path) for path in (ROOT / "tests").glob("test_*attention.py"))
@@ -105,8 +109,15 @@ def steps(out: Path) -> list[Step]:
         ),
         Step("kernels right", (*pytest, tests), 180, rehearsal=(*pytest, tests)),
         Step(
+            "wgmma kernels right",
+            (*pytest, kernels, "-k", "attention or gradients"),
+            60,
+            rehearsal=(*pytest, kernels),
+            environment=WGMMA,
+        ),
+        Step(
             "measure attention forward",
-            bench(out, *gpu, "--op", "attention", "--dtype", "bfloat16", "--phase", "forward"),
+            bench(out, *gpu, *of_attention, "--phase", "forward"),
             150,
             rehearsal=bench(out, *tiny),
         ),
@@ -120,9 +131,16 @@ def steps(out: Path) -> list[Step]:
         sanitizer("racecheck", 120),
         Step(
             "measure attention backward",
-            bench(out, *gpu, "--op", "attention", "--dtype", "bfloat16", "--phase", "both"),
+            bench(out, *gpu, *of_attention, "--phase", "both"),
             150,
             rehearsal=bench(out, *tiny),
+        ),
+        Step(
+            "measure attention by wgmma",
+            bench(out, *wgmma, *of_attention, "--phase", "both", results="results-wgmma.json"),
+            100,
+            rehearsal=bench(out, *tiny),
+            environment=WGMMA,
         ),
         Step(
             "operators right",

@@ -5,8 +5,8 @@
 
 namespace patchgen_fast::cuda {
 
-// The wgmma kernel has run on the host only. Until it has been measured on a Hopper GPU, the one
-// that is portable is taken there too, unless this asks for it.
+// The wgmma kernels have run on the host only. Until they have been measured on a Hopper GPU, those
+// that are portable are taken there too, unless this asks for them.
 static bool wants_wgmma() {
   static const char* value = std::getenv("PATCHGEN_FAST_CUDA_WGMMA");
   return value && std::strcmp(value, "1") == 0;
@@ -21,6 +21,8 @@ void launch_attention_forward(const AttentionForward& p, int device, void* strea
 
 void launch_attention_backward(const AttentionBackward& p, int device, void* stream) {
   check_served(p, true);
+  if (wants_wgmma() && device_facts(device).major == 9 && backward_served_by_sm90(p))
+    return launch_attention_backward_sm90(p, device, stream);
   Launcher run(device, stream, [&] { return shape_of(p); });
   if (p.dtype == DType::BFLOAT16) return plan_attention_backward<bfloat16>(p, run);
   plan_attention_backward<float16>(p, run);
@@ -46,6 +48,7 @@ void describe_attention_forward(int device, std::vector<KernelFacts>& list) {
 void describe_attention_backward_and_decode(int device, std::vector<KernelFacts>& list) {
   plan_every_backward_and_decode<bfloat16>(DType::BFLOAT16, Describer(device, list));
   plan_every_backward_and_decode<float16>(DType::FLOAT16, Describer(device, list));
+  describe_attention_backward_sm90(device, list);
 }
 
 }  // namespace patchgen_fast::cuda

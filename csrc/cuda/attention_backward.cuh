@@ -66,6 +66,21 @@ PATCHGEN_DEVICE float delta_of_row(SharedRows<D> grad_out, const T* out, int64_t
   return sum + shuffle_xor(sum, 1);
 }
 
+// Adds 16 columns of logits to the statistics of their rows.
+PATCHGEN_DEVICE void add_logits(RowStatistics& row, const Square& logits) {
+  PATCHGEN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const float *a = logits[0] + 2 * half, *b = logits[1] + 2 * half;
+    float greatest = row_max(fmaxf(fmaxf(a[0], a[1]), fmaxf(b[0], b[1])));
+    greatest = fmaxf(greatest, row.greatest[half]);
+    if (greatest == MINUS_INFINITY) continue;  // the same for the four lanes of the row
+    const float sum = expf(a[0] - greatest) + expf(a[1] - greatest) + expf(b[0] - greatest) +
+                      expf(b[1] - greatest);
+    row.sum[half] = row.sum[half] * expf(row.greatest[half] - greatest) + sum;
+    row.greatest[half] = greatest;
+  }
+}
+
 // Statistics of 16 rows of logits, tile by tile. Only for additive masks: beside a logit of
 // finfo.min the saved log-sum-exp has lost the logarithm of the sum.
 template <class T, class Left, int D>
@@ -83,18 +98,7 @@ PATCHGEN_DEVICE RowStatistics recompute_statistics(const Left& queries, SharedRo
     Square logits;
     multiply_rows(logits, queries, keys, t * TILE, lane);
     mask_scores<T, false>(logits, view, logit, first_query, t * TILE, lane);
-    PATCHGEN_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      float* a = logits[0] + 2 * half;
-      float* b = logits[1] + 2 * half;
-      float greatest = row_max(fmaxf(fmaxf(a[0], a[1]), fmaxf(b[0], b[1])));
-      greatest = fmaxf(greatest, row.greatest[half]);
-      if (greatest == MINUS_INFINITY) continue;  // the same for the four lanes of the row
-      float sum = expf(a[0] - greatest) + expf(a[1] - greatest) + expf(b[0] - greatest) +
-                  expf(b[1] - greatest);
-      row.sum[half] = row.sum[half] * expf(row.greatest[half] - greatest) + sum;
-      row.greatest[half] = greatest;
-    }
+    add_logits(row, logits);
   }
   PATCHGEN_UNROLL
   for (int half = 0; half < 2; ++half) row.sum[half] = row_sum(row.sum[half]);

@@ -30,6 +30,8 @@ inline void check_served(const AttentionInputs& p, bool short_queries) {
 }
 
 void launch_attention_forward_sm90(const AttentionForward& p, int device, void* stream);
+void launch_attention_backward_sm90(const AttentionBackward& p, int device, void* stream);
+void describe_attention_backward_sm90(int device, std::vector<KernelFacts>& list);
 
 template <class T>
 void launch_forward_as(const AttentionForward& p, int device, void* stream) {

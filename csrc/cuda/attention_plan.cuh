@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "attention_backward.cuh"
+#include "attention_backward_sm90.cuh"
 #include "attention_decode.cuh"
 #include "attention_forward.cuh"
 #include "attention_forward_sm90.cuh"
@@ -43,11 +44,27 @@ void plan_attention_forward(const AttentionForward& p, int multiprocessors, Run&
   });
 }
 
-// What the wgmma kernel serves: head dimensions that its two widths hold without padding much, and
-// whole sequences (values beyond a length would have to be zeroed after the copy).
+// Whether TMA can walk so many of these: it is not known to take strides of 0.
+inline bool has_strides(const AttentionInputs& p, const Strides& stride, int heads, int rows) {
+  return (stride.batch > 0 || p.batch == 1) && (stride.head > 0 || heads == 1) &&
+         (stride.row > 0 || rows == 1);
+}
+
+// What the wgmma kernels serve: head dimensions that their two widths hold without padding much,
+// and whole sequences (values beyond a length would have to be zeroed after the copy).
 inline bool served_by_sm90(const AttentionInputs& p) {
   const bool width = (p.head_dim > 48 && p.head_dim <= 64) || (p.head_dim > 96);
-  return width && !p.kv_lengths && !p.packed.query_starts && p.keys > 0 && p.keys <= SHORT_SEQUENCE;
+  return width && !p.kv_lengths && !p.packed.query_starts && p.keys > 0 &&
+         p.keys <= SHORT_SEQUENCE && has_strides(p, p.query_stride, p.heads, p.queries) &&
+         has_strides(p, p.key_stride, p.kv_heads, p.keys) &&
+         has_strides(p, p.value_stride, p.kv_heads, p.keys);
+}
+
+inline TensorMap map_of(const AttentionInputs& p, const void* data, const Strides& stride,
+                        int heads, int rows, int box_rows) {
+  return make_tensor_map(data, {p.batch, heads, rows, p.head_dim},
+                         {stride.batch, stride.head, stride.row}, box_rows,
+                         ForwardLayout90::COLUMNS);
 }
 
 // For a GPU of sm_90. A block takes 64 queries at a time.
@@ -58,19 +75,14 @@ void plan_attention_forward_sm90(const AttentionForward& p, int multiprocessors,
   if (heads == 0 || query_tiles == 0) return;
   const int wanted = static_cast<int>((2 * multiprocessors + heads - 1) / heads);
   const int shares = std::clamp(wanted, 1, query_tiles);
-  auto map = [&](const void* data, const Strides& stride, int of_heads, int rows, int box_rows) {
-    return make_tensor_map(data, {p.batch, of_heads, rows, p.head_dim},
-                           {stride.batch, stride.head, stride.row}, box_rows,
-                           ForwardLayout90::COLUMNS);
-  };
   auto launch = [&](auto width, auto tiles) {
     const int box = tiles * TILE / ForwardLayout90::boxes(tiles);
     run(Instance{"attention_forward_sm90", p.dtype, width, tiles},
         Launch{heads * shares, ForwardLayout90::THREADS, forward_shared_bytes_sm90<width, tiles>()},
         Kernel<attention_forward_sm90_kernel<T, width, tiles>>{}, p,
-        map(p.query, p.query_stride, p.heads, p.queries, ForwardLayout90::QUERIES),
-        map(p.key, p.key_stride, p.kv_heads, p.keys, box),
-        map(p.value, p.value_stride, p.kv_heads, p.keys, box), shares);
+        map_of(p, p.query, p.query_stride, p.heads, p.queries, ForwardLayout90::QUERIES),
+        map_of(p, p.key, p.key_stride, p.kv_heads, p.keys, box),
+        map_of(p, p.value, p.value_stride, p.kv_heads, p.keys, box), shares);
   };
   with_key_tiles(p.keys, [&](auto tiles) {
     if (p.head_dim <= 64) return launch(Constant<64>{}, tiles);
@@ -88,6 +100,46 @@ void plan_attention_backward(const AttentionBackward& p, Run&& run) {
                backward_shared_bytes<width>(p.queries, p.keys, p.heads / p.kv_heads)},
         Kernel<attention_backward_kernel<T, width>>{}, p);
   });
+}
+
+// As served_by_sm90, and a head with all that shares its keys fits in the shared memory.
+inline bool backward_served_by_sm90(const AttentionBackward& p) {
+  constexpr int SHARED_BYTES = 227 * 1024;  // the most a block of sm_90 can have
+  if (!served_by_sm90(p) || p.queries == 0 || p.queries > SHORT_SEQUENCE ||
+      !has_strides(p, p.grad_out_stride, p.heads, p.queries))
+    return false;
+  const int group = p.heads / p.kv_heads;
+  return (p.head_dim <= 64
+              ? backward_shared_bytes_sm90<64>(p.queries, p.keys, group)
+              : backward_shared_bytes_sm90<128>(p.queries, p.keys, group)) <= SHARED_BYTES;
+}
+
+// For a GPU of sm_90.
+template <class T, class Run>
+void plan_attention_backward_sm90(const AttentionBackward& p, Run&& run) {
+  const int64_t kv_heads = static_cast<int64_t>(p.batch) * p.kv_heads;
+  if (kv_heads == 0) return;
+  auto map = [&](const void* data, const Strides& stride, int heads, int rows) {
+    return map_of(p, data, stride, heads, rows, TILE);
+  };
+  auto launch = [&](const char* name, auto width, auto kernel) {
+    run(Instance{name, p.dtype, width},
+        Launch{kv_heads, BackwardLayout90::threads(width),
+               backward_shared_bytes_sm90<width>(p.queries, p.keys, p.heads / p.kv_heads)},
+        kernel, p, map(p.query, p.query_stride, p.heads, p.queries),
+        map(p.key, p.key_stride, p.kv_heads, p.keys),
+        map(p.value, p.value_stride, p.kv_heads, p.keys),
+        map(p.grad_out, p.grad_out_stride, p.heads, p.queries));
+  };
+  const bool masked = p.mask.kind != MaskKind::NONE || p.causal || !(p.scale > 0.f);
+  auto of_width = [&](auto width) {
+    if (masked)
+      return launch("attention_backward_masked_sm90", width,
+                    Kernel<attention_backward_masked_sm90_kernel<T, width>>{});
+    launch("attention_backward_sm90", width, Kernel<attention_backward_sm90_kernel<T, width>>{});
+  };
+  if (p.head_dim <= 64) return of_width(Constant<64>{});
+  of_width(Constant<128>{});
 }
 
 // Enough splits for four blocks a multiprocessor, none shorter than 128 keys.
@@ -143,6 +195,25 @@ void plan_every_forward_sm90(DType dtype, Run&& run) {
       p.head_dim = head_dim;
       p.dtype = dtype;
       plan_attention_forward_sm90<T>(p, 1, run);
+    }
+}
+
+template <class T, class Run>
+void plan_every_backward_sm90(DType dtype, Run&& run) {
+  alignas(16) static const char nothing[16] = {};
+  for (int head_dim : {64, 128})
+    for (bool causal : {false, true}) {
+      AttentionBackward p{};
+      p.query = p.key = p.value = p.grad_out = nothing;
+      p.query_stride = p.key_stride = p.value_stride = p.grad_out_stride = {
+          int64_t{SHORT_SEQUENCE} * head_dim, int64_t{SHORT_SEQUENCE} * head_dim, head_dim};
+      p.batch = p.heads = p.kv_heads = 1;
+      p.queries = p.keys = SHORT_SEQUENCE;
+      p.head_dim = head_dim;
+      p.dtype = dtype;
+      p.causal = causal;
+      p.scale = 1.f;
+      plan_attention_backward_sm90<T>(p, run);
     }
 }
 

@@ -82,7 +82,8 @@ PATCHGEN_DEVICE void wgmma_wait() {
 
 #define PATCHGEN_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define PATCHGEN_8(d, i) PATCHGEN_4(d, i), PATCHGEN_4(d, i + 4)
-#define PATCHGEN_32(d) PATCHGEN_8(d, 0), PATCHGEN_8(d, 8), PATCHGEN_8(d, 16), PATCHGEN_8(d, 24)
+#define PATCHGEN_16(d) PATCHGEN_8(d, 0), PATCHGEN_8(d, 8)
+#define PATCHGEN_32(d) PATCHGEN_16(d), PATCHGEN_8(d, 16), PATCHGEN_8(d, 24)
 
 // d[64, 16] (+)= a[64, 16] b[16, 16]; of each warp 16 rows, laid out as ptx.cuh's accumulators.
 // b lies as rows of its columns (K-major). `add` false: d's contents do not matter.
@@ -95,7 +96,38 @@ PATCHGEN_DEVICE void wgmma_wait() {
         : PATCHGEN_8(d, 0)                                                                 \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add))); \
   }
-// The same for 64 columns. TRANSPOSED "1": b lies as rows of the depth (MN-major).
+// The same for 32 columns.
+#define PATCHGEN_WGMMA_32(name, type)                                                      \
+  PATCHGEN_DEVICE void name(float* d, const uint32_t (&a)[4], uint64_t b, bool add) {      \
+    asm volatile(                                                                          \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %21, 0;\n"                                   \
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                        \
+        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15},"         \
+        " {%16, %17, %18, %19}, %20, add, 1, 1, 0;\n}"                                     \
+        : PATCHGEN_16(d)                                                                   \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add))); \
+  }
+// Both with a in shared memory too, 64 rows (K-major).
+#define PATCHGEN_WGMMA_SHARED_16(name, type)                              \
+  PATCHGEN_DEVICE void name(float* d, uint64_t a, uint64_t b, bool add) { \
+    asm volatile(                                                         \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %10, 0;\n"                  \
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type       \
+        " {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, add, 1, 1, 0, 0;\n}"  \
+        : PATCHGEN_8(d, 0)                                                \
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)));                    \
+  }
+#define PATCHGEN_WGMMA_SHARED_32(name, type)                                       \
+  PATCHGEN_DEVICE void name(float* d, uint64_t a, uint64_t b, bool add) {          \
+    asm volatile(                                                                  \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %18, 0;\n"                           \
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                \
+        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}," \
+        " %16, %17, add, 1, 1, 0, 0;\n}"                                           \
+        : PATCHGEN_16(d)                                                           \
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)));                             \
+  }
+// As the first for 64 columns. TRANSPOSED "1": b lies as rows of the depth (MN-major).
 #define PATCHGEN_WGMMA_64(name, type, transposed)                                          \
   PATCHGEN_DEVICE void name(float* d, const uint32_t (&a)[4], uint64_t b, bool add) {      \
     asm volatile(                                                                          \
@@ -109,11 +141,20 @@ PATCHGEN_DEVICE void wgmma_wait() {
   }
 PATCHGEN_WGMMA_16(wgmma_16_bfloat16, "bf16")
 PATCHGEN_WGMMA_16(wgmma_16_float16, "f16")
+PATCHGEN_WGMMA_32(wgmma_32_bfloat16, "bf16")
+PATCHGEN_WGMMA_32(wgmma_32_float16, "f16")
+PATCHGEN_WGMMA_SHARED_16(wgmma_16_bfloat16, "bf16")
+PATCHGEN_WGMMA_SHARED_16(wgmma_16_float16, "f16")
+PATCHGEN_WGMMA_SHARED_32(wgmma_32_bfloat16, "bf16")
+PATCHGEN_WGMMA_SHARED_32(wgmma_32_float16, "f16")
 PATCHGEN_WGMMA_64(wgmma_64_bfloat16, "bf16", "0")
 PATCHGEN_WGMMA_64(wgmma_64_float16, "f16", "0")
 PATCHGEN_WGMMA_64(wgmma_64_transposed_bfloat16, "bf16", "1")
 PATCHGEN_WGMMA_64(wgmma_64_transposed_float16, "f16", "1")
 #undef PATCHGEN_WGMMA_16
+#undef PATCHGEN_WGMMA_32
+#undef PATCHGEN_WGMMA_SHARED_16
+#undef PATCHGEN_WGMMA_SHARED_32
 #undef PATCHGEN_WGMMA_64
 
 // ---- on the host side of a launch
@@ -155,6 +196,11 @@ inline TensorMap make_tensor_map(const void* data, const int (&sizes)[4],
 
 namespace patchgen_fast::cuda {
 
+// The operand so many bytes on, a multiple of 16: one addition, where a new one takes several.
+PATCHGEN_DEVICE uint64_t step_operand(uint64_t operand, uint32_t bytes) {
+  return (operand >> 32 << 32) | (static_cast<uint32_t>(operand) + bytes / 16);
+}
+
 // scores[64, 16 TILES] (+)= a[64, 16] rows^T, where `rows` are 16 TILES keys from the address on.
 PATCHGEN_DEVICE void wgmma_rows_64(bfloat16, float* d, const uint32_t (&a)[4], uint64_t b,
                                    bool add) {
@@ -171,6 +217,23 @@ PATCHGEN_DEVICE void wgmma_rows_16(bfloat16, float* d, const uint32_t (&a)[4], u
 PATCHGEN_DEVICE void wgmma_rows_16(float16, float* d, const uint32_t (&a)[4], uint64_t b,
                                    bool add) {
   wgmma_16_float16(d, a, b, add);
+}
+// The same with 32 keys, and for either with `a` in registers or, described, in shared memory.
+template <class Left>
+PATCHGEN_DEVICE void wgmma_rows(bfloat16, Square (&d)[2], const Left& a, uint64_t b, bool add) {
+  wgmma_32_bfloat16(d[0][0], a, b, add);
+}
+template <class Left>
+PATCHGEN_DEVICE void wgmma_rows(float16, Square (&d)[2], const Left& a, uint64_t b, bool add) {
+  wgmma_32_float16(d[0][0], a, b, add);
+}
+template <class Left>
+PATCHGEN_DEVICE void wgmma_rows(bfloat16, Square (&d)[1], const Left& a, uint64_t b, bool add) {
+  wgmma_16_bfloat16(d[0][0], a, b, add);
+}
+template <class Left>
+PATCHGEN_DEVICE void wgmma_rows(float16, Square (&d)[1], const Left& a, uint64_t b, bool add) {
+  wgmma_16_float16(d[0][0], a, b, add);
 }
 // d[64, 64] += a[64, 16] matrix[16, 64].
 PATCHGEN_DEVICE void wgmma_matrix_64(bfloat16, float* d, const uint32_t (&a)[4], uint64_t b) {

@@ -76,6 +76,7 @@ struct PendingCopy {
 struct WarpgroupProduct {
   float* d;
   uint32_t a[4];
+  uint64_t shared_a;  // describes a instead, where it lies in shared memory; else 0
   uint64_t b;
   int columns;
   bool transposed, bfloat16, add;
@@ -87,7 +88,7 @@ struct Lane {
   void* operand = nullptr;  // what this lane brings to the instruction it waits at
   std::vector<std::vector<PendingCopy>> copy_groups;    // the last one is still open
   std::vector<std::vector<WarpgroupProduct>> products;  // likewise
-  uint64_t descriptor = 0;                              // of the operand of the last product
+  uint64_t descriptor = 0, left_descriptor = 0;         // of the operands of the last product
   int passed[SYNC_KINDS] = {};
 };
 
@@ -129,7 +130,7 @@ class Block {
       lane.state = State::READY;
       lane.copy_groups.assign(1, {});
       lane.products.assign(1, {});
-      lane.descriptor = 0;
+      lane.descriptor = lane.left_descriptor = 0;
       std::fill_n(lane.passed, SYNC_KINDS, 0);
       lane.fiber.start(&Block::enter);
     }

@@ -122,14 +122,19 @@ inline void carry_out(emulator::Lane* lanes, size_t which) {
       b[k * first.columns + n] = operand_element(first.b, first.transposed, first.bfloat16, k, n);
   for (int warp = 0; warp < 4; ++warp) {
     float a[16][16];
-    for (int l = 0; l < 32; ++l)
+    if (first.shared_a)
+      for (int row = 0; row < 16; ++row)
+        for (int k = 0; k < 16; ++k)
+          a[row][k] = operand_element(first.shared_a, false, first.bfloat16, k, warp * 16 + row);
+    for (int l = 0; l < 32 && !first.shared_a; ++l)
       for (int part = 0; part < 4; ++part)
         for (int half = 0; half < 2; ++half)
           a[l / 4 + part % 2 * 8][l % 4 * 2 + part / 2 * 8 + half] =
               half_of(lanes[warp * 32 + l].products.front()[which].a[part], half, first.bfloat16);
     for (int l = 0; l < 32; ++l) {
       const emulator::WarpgroupProduct& product = lanes[warp * 32 + l].products.front()[which];
-      require(product.b == first.b, "wgmma: lanes describe different operands");
+      require(product.b == first.b && product.shared_a == first.shared_a,
+              "wgmma: lanes describe different operands");
       for (int i = 0; i < first.columns / 2; ++i) {
         const int row = l / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + l % 4 * 2 + i % 2;
         float sum = product.add ? product.d[i] : 0.f;
@@ -166,34 +171,44 @@ inline void wgmma_wait() {
   finish_products(PENDING);
 }
 
-inline void wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int columns, bool transposed,
-                  bool bf16, bool add) {
+// The operand of a product, or, where a test leaves out this step, that of the last one.
+inline uint64_t stepped(uint64_t operand, uint64_t& last) {
+  if (!emulator::current_block()->leaves_out(emulator::Sync::DESCRIPTOR_STEP)) last = operand;
+  return last;
+}
+
+inline void wgmma(emulator::WarpgroupProduct product) {
   // Until it is waited for, a fresh result is not there.
-  if (!add) std::fill_n(d, columns / 2, NAN);
-  emulator::Block& block = *emulator::current_block();
-  if (block.leaves_out(emulator::Sync::DESCRIPTOR_STEP)) b = block.lane().descriptor;
-  block.lane().descriptor = b;
-  block.lane().products.back().push_back(
-      {d, {a[0], a[1], a[2], a[3]}, b, columns, transposed, bf16, add});
+  if (!product.add) std::fill_n(product.d, product.columns / 2, NAN);
+  emulator::Lane& lane = emulator::current_block()->lane();
+  if (product.shared_a) product.shared_a = stepped(product.shared_a, lane.left_descriptor);
+  product.b = stepped(product.b, lane.descriptor);
+  lane.products.back().push_back(product);
 }
-inline void wgmma_16_bfloat16(float* d, const uint32_t (&a)[4], uint64_t b, bool add) {
-  wgmma(d, a, b, 16, false, true, add);
-}
-inline void wgmma_16_float16(float* d, const uint32_t (&a)[4], uint64_t b, bool add) {
-  wgmma(d, a, b, 16, false, false, add);
-}
-inline void wgmma_64_bfloat16(float* d, const uint32_t (&a)[4], uint64_t b, bool add) {
-  wgmma(d, a, b, 64, false, true, add);
-}
-inline void wgmma_64_float16(float* d, const uint32_t (&a)[4], uint64_t b, bool add) {
-  wgmma(d, a, b, 64, false, false, add);
-}
-inline void wgmma_64_transposed_bfloat16(float* d, const uint32_t (&a)[4], uint64_t b, bool add) {
-  wgmma(d, a, b, 64, true, true, add);
-}
-inline void wgmma_64_transposed_float16(float* d, const uint32_t (&a)[4], uint64_t b, bool add) {
-  wgmma(d, a, b, 64, true, false, add);
-}
+
+// a in registers, and in shared memory.
+#define EMULATED_WGMMA(name, columns, transposed, bf16)                         \
+  inline void name(float* d, const uint32_t (&a)[4], uint64_t b, bool add) {    \
+    wgmma({d, {a[0], a[1], a[2], a[3]}, 0, b, columns, transposed, bf16, add}); \
+  }
+#define EMULATED_WGMMA_SHARED(name, columns, bf16)               \
+  inline void name(float* d, uint64_t a, uint64_t b, bool add) { \
+    wgmma({d, {}, a, b, columns, false, bf16, add});             \
+  }
+EMULATED_WGMMA(wgmma_16_bfloat16, 16, false, true)
+EMULATED_WGMMA(wgmma_16_float16, 16, false, false)
+EMULATED_WGMMA(wgmma_32_bfloat16, 32, false, true)
+EMULATED_WGMMA(wgmma_32_float16, 32, false, false)
+EMULATED_WGMMA(wgmma_64_bfloat16, 64, false, true)
+EMULATED_WGMMA(wgmma_64_float16, 64, false, false)
+EMULATED_WGMMA(wgmma_64_transposed_bfloat16, 64, true, true)
+EMULATED_WGMMA(wgmma_64_transposed_float16, 64, true, false)
+EMULATED_WGMMA_SHARED(wgmma_16_bfloat16, 16, true)
+EMULATED_WGMMA_SHARED(wgmma_16_float16, 16, false)
+EMULATED_WGMMA_SHARED(wgmma_32_bfloat16, 32, true)
+EMULATED_WGMMA_SHARED(wgmma_32_float16, 32, false)
+#undef EMULATED_WGMMA
+#undef EMULATED_WGMMA_SHARED
 
 }  // namespace patchgen_fast::cuda
 

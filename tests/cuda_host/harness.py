@@ -310,6 +310,7 @@ class Host:
         query_offset=None,
         is_causal=False,
         scale=1.0,
+        function="host_attention_backward",
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         inputs = self.attention_inputs(
             query, key, value, attn_mask, kv_lengths, query_offset, is_causal, scale
@@ -322,7 +323,7 @@ class Host:
             *[pointer(tensor) for tensor in grads],
             *[Strides.of(tensor) for tensor in grads],
         )
-        self.call("host_attention_backward", problem)
+        self.call(function, problem)
         return grads[0], grads[1], grads[2]
 
     @staticmethod

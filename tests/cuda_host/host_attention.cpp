@@ -44,10 +44,22 @@ extern "C" int host_attention_backward(const AttentionBackward* problem, const O
   });
 }
 
+extern "C" int host_attention_backward_sm90(const AttentionBackward* problem,
+                                            const Options* options, Result* result) {
+  return with_dtype(problem->dtype, [&](auto element) {
+    return run_on_host(*options, result, [&](auto run) {
+      if (!backward_served_by_sm90(*problem))
+        throw std::runtime_error("not served by the sm_90 kernel");
+      plan_attention_backward_sm90<decltype(element)>(*problem, run);
+    });
+  });
+}
+
 extern "C" void host_describe_attention(char* text, int size) {
   describe_on_host(text, size, [](auto run) {
     plan_every_forward<bfloat16>(DType::BFLOAT16, run);
     plan_every_forward_sm90<bfloat16>(DType::BFLOAT16, run);
+    plan_every_backward_sm90<bfloat16>(DType::BFLOAT16, run);
     plan_every_backward_and_decode<bfloat16>(DType::BFLOAT16, run);
   });
 }

@@ -35,6 +35,18 @@ def narrow_attention(host: Host) -> None:
     host.attention_backward(out, lse, query, key, value, out, lse)
 
 
+def warpgroup_attention(host: Host) -> None:
+    """The kernels for sm_90a, in packed memory whose last row ends the buffer."""
+    for head_dim, causal in ((56, False), (64, True), (104, True), (128, False)):
+        packed = torch.randn(1, 70, 3, 1, head_dim).bfloat16()
+        query, key, value = packed.permute(2, 0, 3, 1, 4)
+        out, lse = host.attention(
+            query, key, value, is_causal=causal, function="host_attention_forward_sm90"
+        )
+        tensors = (out, lse, query, key, value, out, lse)
+        host.attention_backward(*tensors, is_causal=causal, function="host_attention_backward_sm90")
+
+
 def patch_embed(host: Host) -> None:
     for patch, pixel in ((14, torch.uint8), (3, torch.float32), (7, torch.uint8)):
         images = torch.rand(2, 3, 2 * patch + 1, patch).mul(255).to(pixel)
@@ -66,6 +78,6 @@ if __name__ == "__main__":
     for late_copies in (True, False):
         for gpu_size in (1, 132):
             host = Host(library, late_copies=late_copies, multiprocessors=gpu_size)
-            for run in (attention, narrow_attention, patch_embed):
+            for run in (attention, narrow_attention, warpgroup_attention, patch_embed):
                 run(host)
     print("clean")

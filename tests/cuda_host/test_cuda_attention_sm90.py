@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import truth
+from harness import EmulatorError
 from truth import LARGE_NEGATIVE, inputs
 
 FUNCTION = "host_attention_forward_sm90"
@@ -49,6 +50,13 @@ def test_causal_and_mask(host, kind):
     if kind == "float32":
         mask = torch.randn(mask.shape).masked_fill(~mask, LARGE_NEGATIVE)
     check(host, *tensors, attn_mask=mask, is_causal=True)
+
+
+def test_what_is_left_to_the_portable_kernel(host):
+    """TMA is not known to take strides of 0."""
+    query, key, value = inputs(20, 33, 64)
+    with pytest.raises(EmulatorError, match="not served"):
+        check(host, query, key[:, :1].expand_as(key), value)
 
 
 @pytest.mark.parametrize("multiprocessors", [2, 132])

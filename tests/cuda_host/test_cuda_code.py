@@ -44,6 +44,9 @@ def test_every_kernel_is_there_for_every_architecture():
             assert f"{name}<bf16, {width}>" in kernels
         for tiles in (4, 8, 13, 17):
             assert f"attention_forward<bf16, {width}, {tiles}>" in kernels
+    for width in (64, 128):
+        assert f"attention_backward_sm90<bf16, {width}>" in kernels
+        assert f"attention_backward_masked_sm90<bf16, {width}>" in kernels
 
 
 def test_nothing_spills():
@@ -53,8 +56,10 @@ def test_nothing_spills():
 def test_registers_leave_room_for_two_blocks():
     """Which overlap each other's copies and exponentials, wherever shared memory has room too."""
     for key, row in ROWS.items():
-        # Pixels of 4 bytes loaded one or two at a time need too many.
+        # Pixels of 4 bytes loaded one or two at a time need too many; gradients of wide heads are
+        # two warpgroups in one block instead.
         wide = re.match(r"patch_embed_(forward|weight)<fp32, \w+, [12]>", key[0])
+        wide = wide or re.match(r"attention_backward_(masked_)?sm90<\w+, 128>", key[0])
         warps = row["threads"] // 32
         of_warp = -(-row["registers"] * 32 // 256) * 256
         assert cuda_code_report.REGISTERS // 4 // of_warp * 4 // warps >= (1 if wide else 2), key
@@ -78,6 +83,13 @@ def test_two_heads_a_multiprocessor(arch, most):
             assert two == (tokens <= longest), (width, tokens)
 
 
+def test_three_warpgroups_a_multiprocessor_take_gradients():
+    """By registers; by shared memory up to 208 tokens."""
+    for kernel in ("attention_backward_sm90", "attention_backward_masked_sm90"):
+        row = ROWS[f"{kernel}<bf16, 64>", "90a"]
+        assert row["threads"] == 128 and row["registers"] <= 168
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize(
     "source, options",
@@ -85,6 +97,7 @@ def test_two_heads_a_multiprocessor(arch, most):
         ("attention", ["-DPATCHGEN_FEWER_INSTANCES"]),
         ("attention_forward_bfloat16", []),  # a single instance takes other registers by itself
         ("attention_forward_sm90", ["-DPATCHGEN_FEWER_INSTANCES"]),
+        ("attention_backward_sm90", []),
     ],
 )
 def test_nvcc_makes_the_same_again(source, options, tmp_path):
@@ -92,7 +105,9 @@ def test_nvcc_makes_the_same_again(source, options, tmp_path):
     target = tmp_path / "kernels.o"
     command = ["nvcc", "-std=c++20", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-c"]
     command += [*options, str(cuda_code_report.SOURCES / f"{source}.cu")]
-    subprocess.run([*command, "-o", str(target)], check=True)
+    command += ["-Xptxas", "-v", "-o", str(target)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "serialized" not in done.stderr, "products of a warpgroup wait for one another"
     found = list(cuda_code_report.machine_code(target))
     assert found
     for kernel, arch, registers, spilled in found:

@@ -15,16 +15,17 @@ SEEDS = range(6)
 
 
 def seen_to_be_wrong(host: Host, run) -> bool:
-    """Whether some order of warps gives another result than the whole kernel, or stops."""
+    """Whether some order of warps, or of copies, gives another result than the whole kernel, or
+    stops."""
     wanted = run(Host(host.library))
-    for seed in SEEDS:
-        host.seed = seed
-        try:
-            got = run(host)
-        except EmulatorError:
-            return True
-        if not all(a.equal(b) for a, b in zip(got, wanted, strict=True)):
-            return True
+    for host.seed in SEEDS:
+        for host.late_copies in (True, False):
+            try:
+                got = run(host)
+            except EmulatorError:
+                return True
+            if not all(a.equal(b) for a, b in zip(got, wanted, strict=True)):
+                return True
     return False
 
 
@@ -78,7 +79,7 @@ def test_forward(library, left_out, index):
 
 def forward_sm90(host: Host):
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 1, 200, 64).bfloat16() for _ in range(3))
+    query, key, value = (torch.randn(1, 2, 200, 64).bfloat16() for _ in range(3))
     function = "host_attention_forward_sm90"
     return host.attention(query, key, value, scale=0.125, function=function)
 
@@ -92,6 +93,7 @@ def forward_sm90(host: Host):
         ("copy wait", 0),  # the scores
         ("memory barrier", 2),  # values
         ("copy wait", 1),  # the sum
+        ("block barrier", 1),  # the stage is read out
         ("memory barrier", 3),  # the next queries
     ],
 )
@@ -104,6 +106,79 @@ def test_forward_sm90(library, left_out, index):
 def test_descriptors_sm90(library, index):
     host = Host(library, left_out="descriptor step", left_out_index=index)
     assert seen_to_be_wrong(host, forward_sm90)
+
+
+def backward_sm90(host: Host, head_dim: int = 64):
+    torch.manual_seed(0)
+    query, key, value, grad_out = (torch.randn(1, 2, 150, head_dim).bfloat16() for _ in range(4))
+    key, value = key[:, :1], value[:, :1]  # two query heads share them
+    out, lse = Host(host.library).attention(query, key, value, scale=0.125)
+    function = "host_attention_backward_sm90"
+    tensors = (query, key, value, out, lse)
+    return host.attention_backward(grad_out, None, *tensors, scale=0.125, function=function)
+
+
+def wide_backward_sm90(host: Host):
+    return backward_sm90(host, 128)
+
+
+@pytest.mark.parametrize(
+    "left_out, index",
+    [
+        ("block barrier", 0),  # the barriers are initialised
+        ("memory barrier", 0),  # a tile of queries
+        ("memory barrier", 1),  # keys
+        ("memory barrier", 2),  # values
+        ("warp barrier", 0),  # what is known of the queries
+        ("warp barrier", 1),  # the result, staged
+        ("block barrier", 1),  # the stage is read out
+        ("memory barrier", 3),  # the next queries
+        ("block barrier", 6),  # the rows are done
+        ("memory barrier", 8),  # a tile of keys
+        ("memory barrier", 9),  # queries
+        ("memory barrier", 10),  # grad_out
+        ("memory barrier", 11),  # the second head
+        ("memory barrier", 12),
+        ("block barrier", 8),  # the stage is read out
+        ("copy wait", 0),  # rows: scores
+        ("copy wait", 1),  # products
+        ("copy wait", 10),  # the sum
+        ("copy wait", 66),  # columns: scores
+        ("copy wait", 67),  # products
+        ("copy wait", 98),  # the sums of the last tile
+    ],
+)
+def test_backward_sm90(library, left_out, index):
+    host = Host(library, left_out=left_out, left_out_index=index)
+    assert seen_to_be_wrong(host, backward_sm90)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        1,  # the stages are read out
+        3,  # the rows are done
+        4,  # the first head is read out, by both warpgroups: one alone waits for all its warps
+        5,  # the stages
+    ],
+)
+def test_wide_backward_sm90(library, index):
+    host = Host(library, left_out="block barrier", left_out_index=index)
+    assert seen_to_be_wrong(host, wide_backward_sm90)
+
+
+# Of a chunk: 4 of the scores, 4 of the products, 2 of the sum; in columns 2 of either sum.
+@pytest.mark.parametrize("index", [0, 1, 4, 5, 8, 9, 300, 301, 304, 308, 309, 310, 311])
+def test_backward_descriptors_sm90(library, index):
+    host = Host(library, left_out="descriptor step", left_out_index=index)
+    assert seen_to_be_wrong(host, backward_sm90)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 3, 8, 9, 16, 17, 31, 32, 33, 34, 35])
+def test_wide_backward_descriptors_sm90(library, index):
+    """Left operands are described too."""
+    host = Host(library, left_out="descriptor step", left_out_index=index)
+    assert seen_to_be_wrong(host, wide_backward_sm90)
 
 
 def decode(host: Host):
@@ -175,7 +250,10 @@ def test_patch_embed_backward(library, run, left_out, index):
     assert seen_to_be_wrong(host, run)
 
 
-RUNS = [forward, backward, forward_sm90, decode, embed, weight_gradient, images_gradient]
+RUNS = [
+    *(forward, backward, forward_sm90, backward_sm90, wide_backward_sm90, decode),
+    *(embed, weight_gradient, images_gradient),
+]
 
 
 @pytest.mark.parametrize("run", RUNS)
