@@ -12,8 +12,8 @@ with those that are missing). Clocks and power limits are read, never set.
 ``DIR`` then holds ``steps.json`` (what ran, for how long, how it ended), ``run.log`` (everything
 that the steps printed), ``results.json`` (the measurements, as ``patchgen-fast bench`` writes
 them), ``results-wgmma.json`` (the same of the wgmma kernels) and ``counters.csv`` (Nsight
-Compute's). ``--rehearse`` runs the same steps on a machine without a GPU, by tiny stand-ins, so that
-the script itself is tested.
+Compute's). ``--rehearse`` runs the same steps on a machine without a GPU, by tiny stand-ins, so
+that the script itself is tested.
 
 Exit status: 0 if every step that ran passed, 1 if one failed, 2 for wrong usage.
 """
