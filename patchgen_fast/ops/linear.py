@@ -118,13 +118,18 @@ FEW_ROWS = {torch.float32: 128, torch.bfloat16: 256}
 FEW_ROWS_NARROW = {torch.float32: 192}
 
 
+@torch.compiler.assume_constant_result
+def _has_avx512() -> bool:
+    return _native.has_avx512()
+
+
 def _prefer(args: LinearArguments) -> str | None:
     """torch, for a product of few rows on the CPU, by the vectors at hand and gradients wanted."""
     if args.input.device.type != "cpu":
         return None
     rows, dtype = math.prod(args.input.shape[:-1]), args.input.dtype
     few = rows < FEW_ROWS.get(dtype, 0) and _needs_grad(args.input, args.weight)
-    few = few or (rows < FEW_ROWS_NARROW.get(dtype, 0) and not _native.has_avx512())
+    few = few or (rows < FEW_ROWS_NARROW.get(dtype, 0) and not _has_avx512())
     return "torch" if few else None
 
 
@@ -230,7 +235,7 @@ def linear(
     if (
         backend is None
         and OP.takes_cpu_kernel(input)
-        and (_native.has_avx512() or input.dtype not in FEW_ROWS_NARROW)
+        and (_has_avx512() or input.dtype not in FEW_ROWS_NARROW)
         and _is_usual(input, weight, bias, residual)
     ):
         return OP.run(LinearArguments(input, weight, bias, name, residual, False), "cpu")[0]
