@@ -28,7 +28,9 @@ PATCHGEN_FAST_INLINE void gather_row(Word* to, const Element* from, int64_t dept
     if (depth % Operand::kGroup != 0) {
       to[depth / Operand::kGroup] = 0;
     }
-    __builtin_memcpy(to, from, static_cast<size_t>(depth) * sizeof(Element));
+    if (depth > 0) {  // an empty tensor has no address
+      __builtin_memcpy(to, from, static_cast<size_t>(depth) * sizeof(Element));
+    }
   } else {
     float* floats = reinterpret_cast<float*>(to);
     for (int64_t k = 0; k < depth; k += kLanes) {

@@ -187,7 +187,8 @@ static void multiply_few_rows(const LinearForward& f, const FewRowsPlan& plan, i
 template <class Operand>
 static FewRowsPlan plan_few_rows(const LinearForward& f, int64_t threads) {
   FewRowsPlan plan{};
-  if (f.depth_major || f.rows > kMostFewRows<Operand> || f.rows == 0 || f.columns == 0) {
+  const bool empty = f.rows == 0 || f.columns == 0 || f.depth == 0;
+  if (f.depth_major || f.rows > kMostFewRows<Operand> || empty) {
     return plan;
   }
   const int64_t strips = divide_up(f.columns, kLanes);
