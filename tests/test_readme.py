@@ -28,6 +28,17 @@ def test_links_lead_to_files():
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+def test_tables_show_ops_layers_blocks_and_models():
+    """A part of a suite, put among the results, would take the place of the whole."""
+    table = README.partition("<!-- bench:begin -->")[2].partition("<!-- bench:end -->")[0]
+    assert re.findall(r"^### (\w+)$", table, flags=re.MULTILINE) == [
+        "Ops",
+        "Layers",
+        "Blocks",
+        "Models",
+    ]
+
+
 def test_figures_of_the_demo_are_those_on_record():
     table = README.partition("<!-- demo:begin -->")[2].partition("<!-- demo:end -->")[0]
     shown = re.findall(r"^\| ([a-z].*?) \| ([0-9.]+) \|", table, flags=re.MULTILINE)
