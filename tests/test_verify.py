@@ -80,6 +80,17 @@ def test_a_wrong_layer_fails_and_is_named(cls, named):
     assert "TOO FAR" in str(report) or "not finite" in str(report)
 
 
+def test_a_failure_is_confirmed_by_more_runs(monkeypatch):
+    layer, x = Attention(32, 4), torch.randn(2, 33, 32)
+    swap(layer)
+    assert verify(layer, x, runs=2).runs == 2
+    layer.__class__ = Wrong
+    assert verify(layer, x, runs=2).runs == 2  # beyond doubt
+    monkeypatch.setattr(verification, "BEYOND_DOUBT", float("inf"))
+    report = verify(layer, x, runs=2)
+    assert (report.runs, report.verdict) == (18, "fail")
+
+
 def test_nothing_to_swap_is_no_pass():
     report = verify(nn.Linear(2, 2), torch.randn(3, 2))
     assert report.verdict == "nothing swapped"

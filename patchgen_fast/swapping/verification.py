@@ -8,7 +8,11 @@ eps mean|truth|; eps that of the result's dtype.
 One tensor's error in one run is a single throw of the dice, above all for gradients of a few
 numbers behind many layers, where all of them err together. So the model runs several times on
 slightly different inputs, and the yardstick of a tensor is the largest error, relative to its size,
-of eager's tensors of that name in all repeated layers and runs.
+of eager's tensors of that name in all repeated layers and runs. The largest of few throws is still
+a matter of luck: of a small ViT on a hundred random images, three runs failed four though our
+errors are no larger than eager's on average. So a failure counts once more runs confirm it, three
+times and then nine times as many: the more there are, the nearer do two samples of one distribution
+come to each other, while a real excess stays.
 
 Some gradients are 0 in exact arithmetic, as that of a bias that shifts all scores of a row alike.
 Ours and eager's are then rounding and nothing else, of sums whose terms cancel, and no multiple of
@@ -32,6 +36,10 @@ from ..modules.state import state_of
 from .apply import swap, unswap
 
 SCHEMA_VERSION = 1
+CONFIRMATIONS = (1, 3, 9)
+"""How many times the asked number of runs a verdict may take; a failure goes on to the next."""
+BEYOND_DOUBT = 2.0
+"""An error that is so many times what is allowed, or not finite, needs no confirmation."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +212,8 @@ class VerifyReport:
     swapped_layers: int
     outputs: tuple[Parity, ...]
     gradients: tuple[Parity, ...]
+    runs: int = 0
+    """How many runs the verdict took."""
 
     @property
     def verdict(self) -> str:
@@ -230,6 +240,7 @@ class VerifyReport:
                 "model": self.model_class,
                 "swapped_layers": self.swapped_layers,
                 "verdict": self.verdict,
+                "runs": self.runs,
                 "outputs": [{**asdict(p), "ok": p.ok} for p in self.outputs],
                 "gradients": [{**asdict(p), "ok": p.ok} for p in self.gradients],
             },
@@ -244,7 +255,7 @@ class VerifyReport:
             )
         lines = [
             f"{head} ({self.swapped_layers} fast layers, {len(self.outputs)} outputs, "
-            f"{len(self.gradients)} gradients against float64)",
+            f"{len(self.gradients)} gradients against float64 in {self.runs} runs)",
             f"  {'error / max|truth|':40} {'ours':>10} {'eager':>10} {'allowed':>10}",
         ]
         shown = [*self.outputs, *_worst(self.gradients)]
@@ -293,7 +304,8 @@ def verify(
         kwargs: its keyword arguments.
         gradients: compare the gradients of parameters and floating inputs too.
         backend: for swapping an unswapped model.
-        runs: how often to run, on slightly different inputs: more make a surer verdict.
+        runs: how often to run, on slightly different inputs; where that fails, up to
+            `CONFIRMATIONS[-1]` times as often before the verdict is a failure.
         seed: of the random numbers.
 
     Returns:
@@ -311,17 +323,24 @@ def verify(
     eager = copy.deepcopy(fast)
     unswap(eager)
     truth = copy.deepcopy(eager).double()
-    outputs, grads = [], []
-    for run in range(runs):
-        arguments = _run_arguments((inputs, kwargs or {}), seed + run, jitter=run > 0)
-        ours, theirs, exact = (
-            _run(candidate, pytree.tree_map(convert, arguments), gradients, seed + run)
-            for candidate, convert in ((fast, _same), (eager, _same), (truth, _to_double))
+    outputs: list[dict[str, _Errors]] = []
+    grads: list[dict[str, _Errors]] = []
+    for times in CONFIRMATIONS:
+        for run in range(len(outputs), runs * times):
+            arguments = _run_arguments((inputs, kwargs or {}), seed + run, jitter=run > 0)
+            ours, theirs, exact = (
+                _run(candidate, pytree.tree_map(convert, arguments), gradients, seed + run)
+                for candidate, convert in ((fast, _same), (eager, _same), (truth, _to_double))
+            )
+            outputs.append(_compare(ours[0], theirs[0], exact[0]))
+            grads.append(_compare(ours[1], theirs[1], exact[1]))
+        largest = max((found.max_truth for run in grads for found in run.values()), default=0.0)
+        report = VerifyReport(
+            name, layers, _judge_all(outputs), _judge_all(grads, largest), len(outputs)
         )
-        outputs.append(_compare(ours[0], theirs[0], exact[0]))
-        grads.append(_compare(ours[1], theirs[1], exact[1]))
-    largest = max((found.max_truth for run in grads for found in run.values()), default=0.0)
-    return VerifyReport(name, layers, _judge_all(outputs), _judge_all(grads, largest))
+        if report.ok or max(map(_share_of_allowed, report.failures())) > BEYOND_DOUBT:
+            break
+    return report
 
 
 def _run_arguments(arguments: Any, seed: int, jitter: bool) -> Any:
