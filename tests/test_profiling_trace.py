@@ -1,4 +1,4 @@
-"""The Kineto trace that `profile` writes: what Perfetto needs of it, and what HTA makes of it.
+"""The Kineto trace that `profile` writes, and what Perfetto and HTA make of it.
 
 A slice that overlaps another on its thread without lying in it is drawn wrongly by Perfetto and
 breaks HTA's call trees, so that is looked for event by event.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 
+import perfetto
 import pytest
 
 import patchgen_fast
@@ -85,6 +86,24 @@ def test_the_step_and_the_layers_have_their_names(traced):
 def test_who_may_read_the_file_is_as_for_any_other(traced, tmp_path):
     (tmp_path / "plain").write_text("")
     assert traced[1].stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_perfetto_reads_every_event_and_reports_no_error(traced, tmp_path):
+    _, path = traced
+    found = perfetto.answers(
+        path,
+        {
+            "errors": "select name, value from stats where severity != 'info' and value != 0",
+            "names": "select name, count(*) as n from slice group by name",
+            "unfinished": "select name from slice where dur < 0",
+        },
+        tmp_path / "chromium",
+    )
+    assert found["errors"] == [] and found["unfinished"] == []
+    read = {row["name"]: int(row["n"]) for row in found["names"]}
+    # Instants, too, are slices to it, of no length.
+    events = [event for event in load(path)["traceEvents"] if event["ph"] in "Xi"]
+    assert read == Counter(event["name"] for event in events)
 
 
 def with_kernels(document):
