@@ -134,6 +134,10 @@ def test_the_readme_section_is_replaced_between_its_markers(result, tmp_path):
     assert "| attention good |" in new and "benchmarks/results/m.json" in new
     (tmp_path / "README.md").write_text(new)
     assert readme.generate(tmp_path) == new
+    results.write_atomically(folder / "n.json", results.encode(result))  # another machine, later
+    both = readme.generate(tmp_path)
+    assert both.count("| attention good |") == 2
+    assert both.index("results/n.json") < both.index("| attention good |") < both.index("m.json")
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match="bench:begin"):
         readme.generate(tmp_path)

@@ -1,4 +1,5 @@
-"""The README's benchmark tables, written from a committed result between two markers.
+"""The README's benchmark tables, written from the committed results between two markers: the last
+of them by name as it is, and what the others found, in short.
 
 python -m patchgen_fast.bench.readme            # rewrite
 python -m patchgen_fast.bench.readme --check    # 1 if it would change
@@ -7,6 +8,7 @@ python -m patchgen_fast.bench.readme --check    # 1 if it would change
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from patchgen_fast.bench import results, tables
@@ -15,19 +17,41 @@ from patchgen_fast.bench.schema import ABSENT, ResultFile
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("benchmarks") / "results"
+IN_SHORT = ("case", "shape", "dtype", "ours ms", "× eager", "× best", "of peak")
 
 
-def section(result: ResultFile, source: str, command: str) -> str:
+def section(result: ResultFile, source: str, others: Mapping[str, ResultFile]) -> str:
     """What stands between the markers."""
     lines = [
         BEGIN,
         *[f"{line}  " for line in tables.machine_lines(result)],
-        f"Written by `make readme` from [{source}]({source}), measured by `{command}`.",
+        f"Written by `make readme` from [{source}]({source}), measured by `{command(result)}`.",
         "",
         tables.tables_by_level(result, heading="###"),
+        *[line for source, other in others.items() for line in in_short(other, source)],
         END,
     ]
     return "\n".join(lines)
+
+
+def command(result: ResultFile) -> str:
+    """What measured it."""
+    suite = result.settings.suite
+    return "patchgen-fast bench" + ("" if suite == "standard" else f" --suite {suite}")
+
+
+def in_short(result: ResultFile, source: str) -> list[str]:
+    """Another machine's ratios."""
+    columns = [tables.HEADINGS.index(name) for name in IN_SHORT]
+    rows = [[row[i] for i in columns] for row in map(tables.row, result.cases)]
+    return [
+        "",
+        f"### On {result.environment.cpu}",
+        "",
+        f"From [{source}]({source}), measured by `{command(result)}`.",
+        "",
+        tables.markdown_table(IN_SHORT, rows),
+    ]
 
 
 def replaced(text: str, new: str) -> str:
@@ -61,15 +85,12 @@ def generate(root: Path = ROOT) -> str:
     found = sources(root)
     if not found:
         return text
-    result = results.read(found[0])
-    missing = absent_peers(result)
-    if missing:
-        raise ValueError(f"{found[0].name}: peers absent from the run: {', '.join(missing)}")
-    arguments = "" if result.settings.suite == "standard" else f" --suite {result.settings.suite}"
-    return replaced(
-        text,
-        section(result, found[0].relative_to(root).as_posix(), f"patchgen-fast bench{arguments}"),
-    )
+    named = {path.relative_to(root).as_posix(): results.read(path) for path in found}
+    for name, result in named.items():
+        if missing := absent_peers(result):
+            raise ValueError(f"{name}: peers absent from the run: {', '.join(missing)}")
+    source, newest = named.popitem()
+    return replaced(text, section(newest, source, named))
 
 
 def main(arguments: list[str]) -> int:
