@@ -91,6 +91,28 @@ def test_a_failure_is_confirmed_by_more_runs(monkeypatch):
     assert (report.runs, report.verdict) == (18, "fail")
 
 
+@pytest.mark.parametrize(("unlucky", "verdict"), [(1, "pass"), (9, "fail")])
+def test_runs_that_raise_a_suspicion_do_not_confirm_it(monkeypatch, unlucky, verdict):
+    """An error just past the bound in the first run alone, and in all of them."""
+    compare, compared = verification._compare, []
+
+    def worse(*tensors):
+        compared.append(compare(*tensors))
+        if len(compared) > 2 * unlucky:  # outputs and gradients of a run
+            return compared[-1]
+        return {
+            name: found._replace(max_error=1.5 * verification._judge(name, found).max_allowed)
+            for name, found in compared[-1].items()
+        }
+
+    monkeypatch.setattr(verification, "_compare", worse)
+    layer = Attention(32, 4)
+    swap(layer)
+    report = verify(layer, torch.randn(2, 33, 32), runs=1)
+    assert report.verdict == verdict
+    assert 1 < report.runs <= 9
+
+
 def test_nothing_to_swap_is_no_pass():
     report = verify(nn.Linear(2, 2), torch.randn(3, 2))
     assert report.verdict == "nothing swapped"

@@ -10,9 +10,9 @@ numbers behind many layers, where all of them err together. So the model runs se
 slightly different inputs, and the yardstick of a tensor is the largest error, relative to its size,
 of eager's tensors of that name in all repeated layers and runs. The largest of few throws is still
 a matter of luck: of a small ViT on a hundred random images, three runs failed four though our
-errors are no larger than eager's on average. So a failure counts once more runs confirm it, three
-times and then nine times as many: the more there are, the nearer do two samples of one distribution
-come to each other, while a real excess stays.
+errors are no larger than eager's on average. So a failure counts once other runs confirm it, twice
+and then six times as many: a real excess shows in those too. The runs that raised the suspicion do
+not judge it again, or the one unlucky throw that raised it would decide every time.
 
 Some gradients are 0 in exact arithmetic, as that of a bias that shifts all scores of a row alike.
 Ours and eager's are then rounding and nothing else, of sums whose terms cancel, and no multiple of
@@ -36,8 +36,8 @@ from ..modules.state import state_of
 from .apply import swap, unswap
 
 SCHEMA_VERSION = 1
-CONFIRMATIONS = (1, 3, 9)
-"""How many times the asked number of runs a verdict may take; a failure goes on to the next."""
+CONFIRMATIONS = (1, 2, 6)
+"""How many times the asked number of runs each round takes; a failure goes on to the next."""
 BEYOND_DOUBT = 2.0
 """An error that is so many times what is allowed, or not finite, needs no confirmation."""
 
@@ -213,7 +213,7 @@ class VerifyReport:
     outputs: tuple[Parity, ...]
     gradients: tuple[Parity, ...]
     runs: int = 0
-    """How many runs the verdict took."""
+    """How many runs the verdict took. Errors are those of the last round, which decided it."""
 
     @property
     def verdict(self) -> str:
@@ -304,8 +304,8 @@ def verify(
         kwargs: its keyword arguments.
         gradients: compare the gradients of parameters and floating inputs too.
         backend: for swapping an unswapped model.
-        runs: how often to run, on slightly different inputs; where that fails, up to
-            `CONFIRMATIONS[-1]` times as often before the verdict is a failure.
+        runs: how often to run, on slightly different inputs; where that fails, the rounds of
+            `CONFIRMATIONS` follow before the verdict is a failure.
         seed: of the random numbers.
 
     Returns:
@@ -323,10 +323,11 @@ def verify(
     eager = copy.deepcopy(fast)
     unswap(eager)
     truth = copy.deepcopy(eager).double()
-    outputs: list[dict[str, _Errors]] = []
-    grads: list[dict[str, _Errors]] = []
+    done = 0
     for times in CONFIRMATIONS:
-        for run in range(len(outputs), runs * times):
+        outputs: list[dict[str, _Errors]] = []
+        grads: list[dict[str, _Errors]] = []
+        for run in range(done, done + runs * times):
             arguments = _run_arguments((inputs, kwargs or {}), seed + run, jitter=run > 0)
             ours, theirs, exact = (
                 _run(candidate, pytree.tree_map(convert, arguments), gradients, seed + run)
@@ -334,10 +335,9 @@ def verify(
             )
             outputs.append(_compare(ours[0], theirs[0], exact[0]))
             grads.append(_compare(ours[1], theirs[1], exact[1]))
+        done += len(outputs)
         largest = max((found.max_truth for run in grads for found in run.values()), default=0.0)
-        report = VerifyReport(
-            name, layers, _judge_all(outputs), _judge_all(grads, largest), len(outputs)
-        )
+        report = VerifyReport(name, layers, _judge_all(outputs), _judge_all(grads, largest), done)
         if report.ok or max(map(_share_of_allowed, report.failures())) > BEYOND_DOUBT:
             break
     return report
