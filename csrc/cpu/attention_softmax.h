@@ -83,7 +83,10 @@ inline void apply_mask(float* scores, int64_t score_row, int64_t rows, int64_t k
 template <class Math, int kVectors>
 PATCHGEN_FAST_INLINE void store_probabilities(float* row, int64_t j, const Vec* p) {
   if constexpr (Math::kGroup == 1) {
-    store(row + j, *p);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      store(row + j + v * kLanes, p[v]);
+    }
   } else if constexpr (kVectors == 1) {
     store_bits(row + j / 2, to_bf16(*p));
   } else {
@@ -93,33 +96,10 @@ PATCHGEN_FAST_INLINE void store_probabilities(float* row, int64_t j, const Vec* 
   }
 }
 
-// Scores of kVectors vectors and kRows rows to probabilities, which are added to the rows' sums.
-template <class Math, int kRows, int kVectors>
-PATCHGEN_FAST_INLINE void weigh(float* scores, int64_t score_row, const Vec* center, float factor,
-                                int64_t vector, Vec* sums) {
-  const int64_t j = vector * kLanes;
-  Vec p[kRows * kVectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows * kVectors; ++i) {
-    const int r = i / kVectors, v = i % kVectors;
-    p[i] = load(scores + r * score_row + j + v * kLanes) - center[r];
-  }
-  exp2_scaled<Math::kExpDegree>(p, broadcast(factor));
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows * kVectors; ++i) {
-    sums[i / kVectors] += p[i];
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    store_probabilities<Math, kVectors>(scores + r * score_row, j, p + r * kVectors);
-  }
-}
-
-// kRows rows at once, so that the lane reductions of one row hide behind another's arithmetic.
-// Updates maxima, and sets sums to those of these keys alone.
-template <class Math, int kRows>
-void softmax_rows(float* scores, int64_t score_row, int64_t vectors, float factor, float* maxima,
-                  float* sums) {
+// The largest scores of kRows rows, joined with what `maxima` holds.
+template <int kRows>
+PATCHGEN_FAST_INLINE void raise_maxima(const float* scores, int64_t score_row, int64_t vectors,
+                                       float* maxima) {
   Vec top[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -131,35 +111,121 @@ void softmax_rows(float* scores, int64_t score_row, int64_t vectors, float facto
       top[r] = max(load(scores + r * score_row + v * kLanes), top[r]);
     }
   }
-  Vec center[kRows];
-  Vec sum[kRows] = {};
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     maxima[r] = max_lanes(top[r]);
-    center[r] = broadcast(maxima[r] == kMinusInfinity ? 0.0f : maxima[r]);
   }
+}
+
+// kRows rows of scores on their way to probabilities.
+template <class Math, int kRows>
+struct RowsToWeigh {
+  float* scores;
+  int64_t score_row;
+  Vec factor, center[kRows], sum[kRows];
+
+  PATCHGEN_FAST_INLINE_MEMBER RowsToWeigh(float* scores, int64_t score_row, const float* maxima,
+                                          float factor)
+      : scores(scores), score_row(score_row), factor(broadcast(factor)), sum{} {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      center[r] = broadcast(maxima[r] == kMinusInfinity ? 0.0f : maxima[r]);
+    }
+  }
+
+  template <int kVectors>
+  PATCHGEN_FAST_INLINE_MEMBER Exponents<kRows * kVectors> exponents(int64_t vector) const {
+    Vec x[kRows * kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows * kVectors; ++i) {
+      const int r = i / kVectors, v = i % kVectors;
+      x[i] = load(scores + r * score_row + (vector + v) * kLanes) - center[r];
+    }
+    return split_exponents(x, factor);
+  }
+
+  template <int kVectors>
+  PATCHGEN_FAST_INLINE_MEMBER void weigh(const Exponents<kRows * kVectors>& exponents,
+                                         int64_t vector) {
+    Vec p[kRows * kVectors];
+    exp2_joined<Math::kExpDegree>(exponents, p);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows * kVectors; ++i) {
+      sum[i / kVectors] += p[i];
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      store_probabilities<Math, kVectors>(scores + r * score_row, vector * kLanes,
+                                          p + r * kVectors);
+    }
+  }
+
+  PATCHGEN_FAST_INLINE_MEMBER void put_sums(float* to) const {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      to[r] = sum_lanes(sum[r]);
+    }
+  }
+};
+
+// Updates maxima, and sets sums to those of these keys alone; any number of rows, one by one.
+template <class Math>
+void softmax_row(float* scores, int64_t vectors, float factor, float* maxima, float* sums) {
+  raise_maxima<1>(scores, 0, vectors, maxima);
+  RowsToWeigh<Math, 1> row(scores, 0, maxima, factor);
   int64_t v = 0;
   for (; v + Math::kGroup <= vectors; v += Math::kGroup) {
-    weigh<Math, kRows, Math::kGroup>(scores, score_row, center, factor, v, sum);
+    row.template weigh<Math::kGroup>(row.template exponents<Math::kGroup>(v), v);
   }
   for (; v < vectors; ++v) {
-    weigh<Math, kRows, 1>(scores, score_row, center, factor, v, sum);
+    row.template weigh<1>(row.template exponents<1>(v), v);
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    sums[r] = sum_lanes(sum[r]);
+  row.put_sums(sums);
+}
+
+// The same of a multiple of four rows. The steps of one vector wait for each other longer than the
+// processor looks ahead; so the next vectors are begun before these are ended, across rows too.
+template <class Math>
+void softmax_rows(float* scores, int64_t score_row, int64_t rows, int64_t vectors, float factor,
+                  float* maxima, float* sums) {
+  constexpr int kMaxima = 4, kRows = 2, kVectors = kRegisters == 32 ? 2 : 1;
+  raise_maxima<kMaxima>(scores, score_row, vectors, maxima);
+  RowsToWeigh<Math, kRows> here(scores, score_row, maxima, factor);
+  auto now = here.template exponents<kVectors>(0);
+  for (int64_t r = 0; r < rows; r += kRows) {
+    if (r % kMaxima == 0 && r + kMaxima < rows) {
+      const int64_t next = r + kMaxima;
+      raise_maxima<kMaxima>(scores + next * score_row, score_row, vectors, maxima + next);
+    }
+    int64_t v = 0;
+    for (; v + 2 * kVectors <= vectors; v += kVectors) {
+      const auto next = here.template exponents<kVectors>(v + kVectors);
+      here.template weigh<kVectors>(now, v);
+      now = next;
+    }
+    const int64_t after = smaller(r + kRows, rows - kRows);
+    const RowsToWeigh<Math, kRows> then(scores + after * score_row, score_row, maxima + after,
+                                        factor);
+    const auto next = then.template exponents<kVectors>(0);
+    here.template weigh<kVectors>(now, v);
+    for (v += kVectors; v < vectors; ++v) {
+      here.template weigh<1>(here.template exponents<1>(v), v);
+    }
+    here.put_sums(sums + r);
+    here = then;
+    now = next;
   }
 }
 
 template <class Math>
 void softmax_block(float* scores, int64_t score_row, int64_t rows, int64_t vectors, float factor,
                    float* maxima, float* sums) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    softmax_rows<Math, 4>(scores + r * score_row, score_row, vectors, factor, maxima + r, sums + r);
+  int64_t r = vectors < 2 ? 0 : rows / 4 * 4;
+  if (r > 0) {
+    softmax_rows<Math>(scores, score_row, r, vectors, factor, maxima, sums);
   }
   for (; r < rows; ++r) {
-    softmax_rows<Math, 1>(scores + r * score_row, score_row, vectors, factor, maxima + r, sums + r);
+    softmax_row<Math>(scores + r * score_row, vectors, factor, maxima + r, sums + r);
   }
 }
 

@@ -34,44 +34,68 @@ PATCHGEN_FAST_INLINE void exp2_fractions(const Vec (&r)[kCount], Vec (&p)[kCount
   }
 }
 
-// x becomes 2^(x * factor) where that is at most 2^128. Below 2^-126 the result loses precision and
-// then is 0; -inf gives 0, NaN NaN. The fraction is taken from the exact product, so that
-// x * factor is never rounded: for x of -10 that would be an error of several units in the last
-// place.
-template <int kDegree = 5, int kCount>
-PATCHGEN_FAST_INLINE void exp2_scaled(Vec (&x)[kCount], Vec factor) {
-  Vec power[kCount], p[kCount];
+// x * factor = power + fraction, the power whole and the fraction in [-0.5, 0.5]: what
+// 2^(x * factor) is joined from. In two halves, so that a loop can begin with the next vectors
+// before it ends with these.
+template <int kCount>
+struct Exponents {
+  Vec power[kCount], fraction[kCount];
+#if !defined(__AVX512F__)
+  VecInt kept[kCount];  // 0 where 2^power is 0, else all bits
+#endif
+};
+
+// The fraction is taken from the exact product, so that x * factor is never rounded: for x of -10
+// that would be an error of several units in the last place.
+template <int kCount>
+PATCHGEN_FAST_INLINE Exponents<kCount> split_exponents(const Vec (&x)[kCount], Vec factor) {
+  Exponents<kCount> e;
 #if defined(__AVX512F__)
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) {
-    power[i] = _mm512_roundscale_ps(x[i] * factor, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    x[i] = fma(x[i], factor, -power[i]);
+    e.power[i] = _mm512_roundscale_ps(x[i] * factor, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  exp2_fractions<kDegree>(x, p);
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) {
-    x[i] = _mm512_scalef_ps(p[i], power[i]);
+    // GCC would use the product of above once more, and subtract.
+    e.fraction[i] = _mm512_fmsub_ps(x[i], factor, e.power[i]);
   }
 #else
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum, whence it goes
   // into the exponent. The order of max's operands keeps a NaN, and so does the mask.
   const Vec shifter = broadcast(0x1.8p23f);
-  VecInt kept[kCount];
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) {
     const Vec product = x[i] * factor;
-    kept[i] = ~(product <= broadcast(-127.0f));
-    power[i] = max(broadcast(-127.0f), product) + shifter;
-    x[i] = fma(x[i], factor, shifter - power[i]);
-  }
-  exp2_fractions<kDegree>(x, p);
-#pragma GCC unroll 8
-  for (int i = 0; i < kCount; ++i) {
-    // Unsigned: what the mask takes off, a hidden score's -inf, may wrap around.
-    const VecUint bits = bit_cast<VecUint>(p[i]) + (bit_cast<VecUint>(power[i]) << 23);
-    x[i] = bit_cast<Vec>(bits & bit_cast<VecUint>(kept[i]));
+    e.kept[i] = ~(product <= broadcast(-127.0f));
+    e.power[i] = max(broadcast(-127.0f), product) + shifter;
+    e.fraction[i] = fma(x[i], factor, shifter - e.power[i]);
   }
 #endif
+  return e;
+}
+
+// 2^(power + fraction) where that is at most 2^128. Below 2^-126 the result loses precision and
+// then is 0; -inf gives 0, NaN NaN.
+template <int kDegree, int kCount>
+PATCHGEN_FAST_INLINE void exp2_joined(const Exponents<kCount>& e, Vec (&p)[kCount]) {
+  exp2_fractions<kDegree>(e.fraction, p);
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+#if defined(__AVX512F__)
+    p[i] = _mm512_scalef_ps(p[i], e.power[i]);
+#else
+    // Unsigned: what the mask takes off, a hidden score's -inf, may wrap around.
+    const VecUint bits = bit_cast<VecUint>(p[i]) + (bit_cast<VecUint>(e.power[i]) << 23);
+    p[i] = bit_cast<Vec>(bits & bit_cast<VecUint>(e.kept[i]));
+#endif
+  }
+}
+
+// x becomes 2^(x * factor).
+template <int kDegree = 5, int kCount>
+PATCHGEN_FAST_INLINE void exp2_scaled(Vec (&x)[kCount], Vec factor) {
+  exp2_joined<kDegree>(split_exponents(x, factor), x);
 }
 
 PATCHGEN_FAST_INLINE Vec exp2_scaled(Vec x, Vec factor) {
