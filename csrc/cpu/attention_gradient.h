@@ -188,10 +188,11 @@ class ScoreGradient {
 
   void product(const HeadView& view, const AttentionTensor& tensor, const QueryRows& rows,
                const KeyPanel& panel, float sign, const float* panel_keys, float* to) {
-    pack_rows<Math>(view.element<Element>(tensor, rows.head, rows.query), tensor.token, rows.rows,
-                    problem_.dim, sign, rows_, shape_.query_row);
-    multiply_keys<Math>({rows_, shape_.query_row}, rows.rows, panel_keys, panel.keys,
-                        view.visible(rows, panel), shape_.steps, to, shape_.score_row, &ahead);
+    const Units units =
+        rows_as_units<Math>(view.element<Element>(tensor, rows.head, rows.query), tensor.token,
+                            rows.rows, problem_.dim, sign, rows_, shape_.query_row);
+    multiply_keys<Math>(units, rows.rows, panel_keys, panel.keys, view.visible(rows, panel),
+                        shape_.steps, to, shape_.score_row, &ahead);
   }
 
   static constexpr int kRowsAtOnce = 4;

@@ -208,11 +208,11 @@ class ForwardTask {
 
   // scores = sign(scale) * Q K^T, masked
   void score(const Block& block, const KeyPanel& panel, int64_t keys) {
-    pack_rows<Math>(view_.element<Element>(problem_.query, block.head, block.query),
-                    problem_.query.token, block.rows, problem_.dim, view_.sign, work_.queries,
-                    shape_.query_row);
-    multiply_keys<Math>({work_.queries, shape_.query_row}, block.rows, work_.keys, panel.keys, keys,
-                        shape_.steps, work_.scores, shape_.score_row, &ahead_);
+    const Units queries = rows_as_units<Math>(
+        view_.element<Element>(problem_.query, block.head, block.query), problem_.query.token,
+        block.rows, problem_.dim, view_.sign, work_.queries, shape_.query_row);
+    multiply_keys<Math>(queries, block.rows, work_.keys, panel.keys, keys, shape_.steps,
+                        work_.scores, shape_.score_row, &ahead_);
     view_.mask(block, panel, work_.scores, shape_.score_row);
   }
 

@@ -56,6 +56,21 @@ void pack_rows(const Element* from, int64_t stride, int64_t rows, int64_t dim, f
   }
 }
 
+// Rows as units one after the other: where they lie if they are that already, else packed into
+// `to`.
+template <class Math, class Element>
+Units rows_as_units(const Element* from, int64_t stride, int64_t rows, int64_t dim, float sign,
+                    float* to, int64_t columns) {
+  if constexpr (sizeof(Element) * Math::kGroup == sizeof(float)) {
+    const bool aligned = reinterpret_cast<uintptr_t>(from) % sizeof(float) == 0;
+    if (sign > 0 && aligned && dim % Math::kGroup == 0 && stride % Math::kGroup == 0) {
+      return {reinterpret_cast<const float*>(from), stride / Math::kGroup};
+    }
+  }
+  pack_rows<Math>(from, stride, rows, dim, sign, to, columns);
+  return {to, columns};
+}
+
 // kLanes keys (fewer where count is less) become one vector of each step, `step_stride` apart.
 template <class Math, class Element>
 PATCHGEN_FAST_INLINE void pack_key_vector(const Element* from, int64_t stride, int64_t count,
@@ -128,7 +143,16 @@ void pack_values(const Element* from, int64_t stride, int64_t keys, int64_t dim,
 // to = from * factor, `dim` numbers rounded to Element.
 template <class Element>
 PATCHGEN_FAST_INLINE void store_row(Element* to, const float* from, int64_t dim, float factor) {
-  for (int64_t d = 0; d < dim; d += kLanes) {
+  int64_t d = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<Element, BFloat16>) {
+    for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+      const Vec low = load(from + d), high = load(from + d + kLanes);
+      store_bits(to + d, to_bf16(low * broadcast(factor), high * broadcast(factor)));
+    }
+  }
+#endif
+  for (; d < dim; d += kLanes) {
     store_up_to(to + d, load(from + d) * broadcast(factor), dim - d);
   }
 }
