@@ -7,7 +7,7 @@ import torch
 from cases.linear import CASES, FEW_ROWS, Case, call, check, problem
 from oracle import Target, explicit_gradients, explicit_pairs, require
 
-from patchgen_fast import _native, dispatch, linear
+from patchgen_fast import _native, dispatch, linear, reference
 from patchgen_fast.ops.linear import FEW_ROWS as FEW_ROWS_TO_LEARN
 from patchgen_fast.ops.linear import FEW_ROWS_NARROW
 
@@ -82,3 +82,25 @@ def test_threads_share_few_rows(rows: int) -> None:
             assert torch.equal(linear(*inputs, activation="gelu", backend="cpu"), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_every_number_of_16_bits_is_activated(activation: str, dtype: torch.dtype) -> None:
+    """Rounded to within 0.6 units in the last place, whether outputs fill a panel or not."""
+    require("linear", Target("cpu", "cpu"))
+    number = torch.finfo(dtype)
+    numbers = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    # Products of bfloat16 take what is below the normal numbers for 0, and give 0 there.
+    numbers = numbers[(numbers.abs() <= 20) & (numbers.abs() >= 4 * number.tiny)].unsqueeze(1)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    truth, _ = reference.linear(numbers.double(), one, activation=activation)
+    _, exponent = torch.frexp(truth)
+    unit = number.eps * torch.exp2(exponent.double() - 1).clamp_min(number.tiny)
+    tail = (numbers < -6).squeeze(1)  # where gelu is above -1e-8
+    for outputs in (48, 1):
+        weight = torch.ones(outputs, 1, dtype=dtype)
+        got = linear(numbers, weight, activation=activation, backend="cpu")
+        error = (got.double() - truth).abs()
+        assert (error / unit)[~tail].max() <= 0.6
+        assert error[tail].max() <= (1e-8 if "gelu" in activation else 1e-4)

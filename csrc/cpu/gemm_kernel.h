@@ -15,7 +15,6 @@ constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kMostRows = 96;
 constexpr int64_t kFewestRows = 48;  // below, the panels come from L3 too often
 constexpr int64_t kStayingBytes = 384 << 10;
-constexpr int64_t kWordsPerLine = 16;
 
 // An odd number of cache lines from row to row, or the rows of a tile share a few sets of L1.
 PATCHGEN_FAST_INLINE int64_t block_stride(int64_t groups) {

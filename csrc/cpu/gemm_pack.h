@@ -41,17 +41,24 @@ PATCHGEN_FAST_INLINE Vec load_groups(const Element* from, int64_t count) {
   }
 }
 
+// Packing fetches the rows after the next kLanes, in the order of their addresses: hardware does
+// not follow so many rows at once.
+constexpr int64_t kPackAheadBytes = 4096;
+
 // One vector of columns: rows `w`, w + ld, ... (`rows` of them exist) to panel[k * width].
 template <class Operand, class Element>
 static void pack_vector(Word* panel, int64_t width, const Element* w, int64_t ld, int64_t rows,
                         int64_t depth) {
   constexpr int64_t kStep = kLanes * Operand::kGroup;
+  const char* ahead = reinterpret_cast<const char*>(w + kLanes * ld) + kPackAheadBytes;
   for (int64_t first = 0; first < depth; first += kStep) {
     const int64_t left = depth - first;
     Vec tile[kLanes];
 #pragma GCC unroll 16
     for (int r = 0; r < kLanes; ++r) {
       tile[r] = r < rows ? load_groups<Operand>(w + r * ld + first, left) : Vec{};
+      __builtin_prefetch(ahead);
+      ahead += kStep * sizeof(Element);
     }
     transpose(tile);
     const int64_t groups = smaller(divide_up(left, Operand::kGroup), kLanes);

@@ -6,6 +6,15 @@
 namespace patchgen_fast {
 namespace {
 
+// `count` elements, into the L1 cache.
+template <bool kToWrite = false, class Element>
+PATCHGEN_FAST_INLINE void bring_near(const Element* from, int64_t count) {
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(Element));
+  for (int64_t b = 0; b < bytes; b += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + b, kToWrite);
+  }
+}
+
 template <class Out, class Addend = Out>
 struct RowTarget {
   Out* out;
@@ -20,17 +29,13 @@ struct RowSink {
   int64_t columns;
   bool adds;  // the rows' addends
 
-  // Fetches the lines that the tile will be written to, while it is being computed.
-  template <int Rows, int Vecs>
+  // Fetches what a row of the tile will be written and added to, while the tile is computed.
+  template <int Vecs>
   PATCHGEN_FAST_INLINE_MEMBER void expect(int64_t row, int64_t column) const {
-    const RowTarget<Out, Addend>* targets = rows + row;
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
-      const char* line = reinterpret_cast<const char*>(targets[r].out + column);
-#pragma GCC unroll 4
-      for (int64_t byte = 0; byte < Vecs * kLanes * static_cast<int64_t>(sizeof(Out)); byte += 64) {
-        __builtin_prefetch(line + byte, 1);
-      }
+    const RowTarget<Out, Addend>& target = rows[row];
+    bring_near<true>(target.out + column, Vecs * kLanes);
+    if (adds) {
+      bring_near(target.addend + column, Vecs * kLanes);
     }
   }
 

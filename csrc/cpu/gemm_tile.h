@@ -19,6 +19,7 @@ using Word = uint32_t;
 constexpr int kTileRows = kRegisters == 32 ? 8 : 6;
 constexpr int kTileVecs = kRegisters == 32 ? 3 : 2;
 constexpr int64_t kPanelColumns = kTileVecs * kLanes;
+constexpr int64_t kWordsPerLine = 16;
 
 // How one group is multiplied. Long sums are cut into runs of kRun groups, or rounding errors grow
 // with the depth faster than in a product that is blocked over the depth, as MKL's is (192).
@@ -74,14 +75,26 @@ PATCHGEN_FAST_INLINE Vec load_words(const Word* from) {
   return load_bits<Vec>(from);
 }
 
+// How many steps ahead the panel, too long to stay in the L1 cache, is brought there from L2.
+constexpr int64_t kPanelAhead = 12;
+
+// Steps between the lines of two rows that the sink fetches: more at once than a core has misses
+// under way, and it drops some of them.
+constexpr int64_t kStepsPerRow = 6;
+
 template <class Operand, int Rows, int Vecs>
 PATCHGEN_FAST_INLINE void accumulate(Vec (&acc)[Rows][Vecs], const Word* a, int64_t stride,
                                      const Word* panel, int64_t groups) {
+  constexpr int64_t kStep = Vecs * kLanes;
   for (int64_t k = 0; k < groups; ++k) {
     Vec w[Vecs];
 #pragma GCC unroll 4
+    for (int64_t i = 0; i < kStep; i += kWordsPerLine) {
+      __builtin_prefetch(panel + (k + kPanelAhead) * kStep + i);
+    }
+#pragma GCC unroll 4
     for (int v = 0; v < Vecs; ++v) {
-      w[v] = load_words(panel + (k * Vecs + v) * kLanes);
+      w[v] = load_words(panel + k * kStep + v * kLanes);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
@@ -94,20 +107,39 @@ PATCHGEN_FAST_INLINE void accumulate(Vec (&acc)[Rows][Vecs], const Word* a, int6
   }
 }
 
+// The same, while the sink fetches the lines of `expected` rows of the tile.
+template <class Operand, int Rows, int Vecs, class Sink>
+PATCHGEN_FAST_INLINE void accumulate_expecting(Vec (&acc)[Rows][Vecs], const Word* a,
+                                               int64_t stride, const Word* panel, int64_t groups,
+                                               const Sink& sink, int64_t row, int64_t column,
+                                               int expected) {
+  for (int r = 0; groups > 0; ++r) {
+    int64_t steps = groups;
+    if (r < expected) {
+      sink.template expect<Vecs>(row + r, column);
+      steps = smaller(groups, kStepsPerRow);
+    }
+    accumulate<Operand>(acc, a, stride, panel, steps);
+    a += steps;
+    panel += steps * Vecs * kLanes;
+    groups -= steps;
+  }
+}
+
 // One tile over the whole depth, handed to the sink. A long sum is made of runs that are added up
 // in `total`, which stays in the L1 cache.
 template <class Operand, int Rows, int Vecs, class Sink>
 PATCHGEN_FAST_INLINE void gemm_tile(const Word* a, int64_t stride, const Word* panel,
                                     int64_t groups, const Sink& sink, int64_t row, int64_t column) {
-  sink.template expect<Rows, Vecs>(row, column);
   Vec acc[Rows][Vecs] = {};
   if (groups <= Operand::kRun) {
-    accumulate<Operand>(acc, a, stride, panel, groups);
+    accumulate_expecting<Operand>(acc, a, stride, panel, groups, sink, row, column, Rows);
   } else {
     Vec total[Rows][Vecs] = {};
     for (int64_t first = 0; first < groups; first += Operand::kRun) {
       const int64_t run = groups - first < Operand::kRun ? groups - first : Operand::kRun;
-      accumulate<Operand>(acc, a + first, stride, panel + first * Vecs * kLanes, run);
+      accumulate_expecting<Operand>(acc, a + first, stride, panel + first * Vecs * kLanes, run,
+                                    sink, row, column, first == 0 ? Rows : 0);
       const bool last = first + run == groups;
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {

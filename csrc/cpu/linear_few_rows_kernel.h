@@ -26,11 +26,13 @@ constexpr int kFewTileColumns = kRegisters == 32 ? 4 : 2;
 constexpr int kFewTiles = kLanes / kFewTileColumns;  // across a strip
 
 // Beyond so many rows packing is repaid; sooner where pairs are multiplied, as products take half
-// the time and packing the same. Measured on a Zen 4 core, layers of 384 to 1536 features: the
-// packed product took 1.1 to 1.2 times as long at 96 rows and as long at 128 in float32, in
-// bf16 1.0 to 1.6 times as long at 64 and 0.9 to 1.3 times at 96.
+// the time and packing the same, and soonest where the rows of a tile outgrow the L1 cache, or are
+// so short that the sums over lanes show. Measured (CONTRIBUTING.md).
 template <class Operand>
-constexpr int64_t kMostFewRows = Operand::kGroup == 1 ? 128 : 64;
+constexpr int64_t most_few_rows(int64_t depth) {
+  const int64_t groups = divide_up(depth, Operand::kGroup);
+  return Operand::kGroup == 1 ? 128 : groups < 128 || groups > 1024 ? 24 : 64;
+}
 
 // Multiplications that a thread gets at least: about 3 us of a core, near what waking one costs.
 // Reckoned, not measured.
@@ -188,7 +190,7 @@ template <class Operand>
 static FewRowsPlan plan_few_rows(const LinearForward& f, int64_t threads) {
   FewRowsPlan plan{};
   const bool empty = f.rows == 0 || f.columns == 0 || f.depth == 0;
-  if (f.depth_major || f.rows > kMostFewRows<Operand> || empty) {
+  if (f.depth_major || f.rows > most_few_rows<Operand>(f.depth) || empty) {
     return plan;
   }
   const int64_t strips = divide_up(f.columns, kLanes);

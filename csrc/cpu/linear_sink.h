@@ -2,7 +2,7 @@
 // cache, so that the exponentials are compiled once and not into every shape of tile.
 #pragma once
 
-#include "integers.h"
+#include "gemm_sink.h"
 #include "linear_activation.h"
 
 namespace patchgen_fast {
@@ -19,8 +19,13 @@ struct LinearSink {
   int64_t columns;
   Activation activation;
 
-  template <int Rows, int Vecs>
-  PATCHGEN_FAST_INLINE_MEMBER void expect(int64_t, int64_t) const {}
+  template <int Vecs>
+  PATCHGEN_FAST_INLINE_MEMBER void expect(int64_t row, int64_t column) const {
+    bring_near<true>(out + row * columns + column, Vecs * kLanes);
+    if (residual != nullptr) {
+      bring_near(residual + row * columns + column, Vecs * kLanes);
+    }
+  }
 
   template <int Rows, int Vecs>
   PATCHGEN_FAST_INLINE_MEMBER void put(const Vec (&acc)[Rows][Vecs], int64_t row,
@@ -33,33 +38,71 @@ struct LinearSink {
     put_tile(tile, Rows, Vecs, row, column);
   }
 
-  // A tile in memory, vectors of it row by row; overwritten.
-  __attribute__((noinline)) void put_tile(Vec* tile, int tile_rows, int vecs, int64_t row,
+  // A tile in memory, vectors of it row by row.
+  __attribute__((noinline)) void put_tile(const Vec* tile, int tile_rows, int vecs, int64_t row,
                                           int64_t column) const {
-    for (int r = 0; r < tile_rows; ++r) {
-      for (int v = 0; v < vecs; ++v) {
-        const int64_t at = column + v * kLanes;
-        Vec& x = tile[r * vecs + v];
-        x += load(bias + at);
-        if (preactivation != nullptr) {
-          store_up_to(preactivation + (row + r) * columns + at, x, columns - at);
-        }
-      }
-    }
+    const bool whole = vecs == kTileVecs && columns - column >= kPanelColumns;
     for_activation(activation, [&](auto kind) {
-      for (int i = 0; i < tile_rows * vecs; ++i) {
-        tile[i] = activate<kind.value>(tile[i]);
+      if (whole && preactivation == nullptr) {
+        put_whole<kind.value>(tile, tile_rows, row, column);
+      } else {
+        put_partly<kind.value>(tile, tile_rows, vecs, row, column);
       }
     });
+  }
+
+ private:
+  // Whole panels, in inference. What the loop needs is in variables: a store of 16 bits might
+  // change a member.
+  template <Activation Kind>
+  PATCHGEN_FAST_INLINE_MEMBER void put_whole(const Vec* tile, int tile_rows, int64_t row,
+                                             int64_t column) const {
+    const int64_t pitch = columns;
+    Out* to = out + row * pitch + column;
+    const Out* addend = residual == nullptr ? nullptr : residual + row * pitch + column;
+    Vec shift[kTileVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVecs; ++v) {
+      shift[v] = load(bias + column + v * kLanes);
+    }
+    for (int r = 0; r < tile_rows; ++r, tile += kTileVecs, to += pitch) {
+      Vec x[kTileVecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVecs; ++v) {
+        x[v] = tile[v] + shift[v];
+      }
+      activate<Kind, Out>(x);
+      if (addend != nullptr) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVecs; ++v) {
+          x[v] += load(addend + v * kLanes);
+        }
+        addend += pitch;
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVecs; ++v) {
+        store(to + v * kLanes, x[v]);
+      }
+    }
+  }
+
+  template <Activation Kind>
+  PATCHGEN_FAST_INLINE_MEMBER void put_partly(const Vec* tile, int tile_rows, int vecs, int64_t row,
+                                              int64_t column) const {
     for (int r = 0; r < tile_rows; ++r) {
       for (int v = 0; v < vecs; ++v) {
         const int64_t at = column + v * kLanes;
         const int64_t offset = (row + r) * columns + at;
-        Vec x = tile[r * vecs + v];
-        if (residual != nullptr) {
-          x += load_up_to(residual + offset, columns - at);
+        const int64_t left = columns - at;
+        Vec x[] = {tile[r * vecs + v] + load(bias + at)};
+        if (preactivation != nullptr) {
+          store_up_to(preactivation + offset, x[0], left);
         }
-        store_up_to(out + offset, x, columns - at);
+        activate<Kind, Out>(x);
+        if (residual != nullptr) {
+          x[0] += load_up_to(residual + offset, left);
+        }
+        store_up_to(out + offset, x[0], left);
       }
     }
   }

@@ -273,7 +273,9 @@ static void pack_limbs(const PatchEmbedForward& f, const GemmPlan& plan, int64_t
 template <int Rows, class Sink>
 PATCHGEN_FAST_INLINE void limb_tile(const GemmPlan& plan, const Word* a, const LimbSpace& space,
                                     int64_t column, const Sink& sink, int64_t row) {
-  sink.template expect<Rows, 1>(row, column);
+  for (int r = 0; r < Rows; ++r) {
+    sink.template expect<1>(row + r, column);
+  }
   VecInt acc[Rows][kLimbs];
 #pragma GCC unroll 4
   for (int l = 0; l < kLimbs; ++l) {

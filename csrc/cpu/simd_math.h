@@ -14,7 +14,9 @@ constexpr float kExp2[kDegree + 1] = {};
 template <>  // to 1.9e-7
 constexpr float kExp2<5>[] = {0.00132647272f, 0.00967151268f, 0.0555073374f,
                               0.240222421f,   0.693146978f,   1.0f};
-template <>  // to 1.0e-4, for weights that are rounded to bf16
+template <>  // to 2.8e-6, for what is rounded to fp16
+constexpr float kExp2<4>[] = {0.00958285294f, 0.0559064262f, 0.240240991f, 0.693124175f, 1.0f};
+template <>  // to 1.0e-4, for what is rounded to bf16
 constexpr float kExp2<3>[] = {0.0550090578f, 0.242210975f, 0.693282898f, 1.0f};
 
 // A vector after the other would fill the scheduler with operations that wait for each other; so
