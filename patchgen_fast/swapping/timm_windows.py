@@ -25,6 +25,7 @@ from torch import Tensor
 from ..modules.attention import attend_with, project_and_drop, project_out
 from ..modules.fused import normalise_heads, project, split_heads, takes_residual
 from ..modules.state import FastLayer
+from ..ops.qk_norm_rope import qk_norm_rope
 from .timm_attention import _FusedTimmAttention
 
 
@@ -40,6 +41,7 @@ def _windows_mask(bias: Tensor, windows: Tensor | None, query: Tensor) -> Tensor
 
     Not copied where every window has the same mask, or where there is one image.
     """
+    bias = bias.contiguous()  # a table's columns, which the sum would walk across
     if windows is None:
         return _as_mask(bias, query)
     joined = bias + windows[:, None]
@@ -87,16 +89,31 @@ class _FusedCosineAttention(_FusedWindowAttention):
     logit_scale: Tensor
 
     def _scaled(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | None]:
-        """Unit vectors, the queries times the scale of their head: the products are the scores.
+        """Unit vectors, both times the root of their head's scale: the products are the scores.
 
-        In float32 or better and rounded once, where eager rounds after every step.
+        In float32 or better and rounded once, where eager rounds after every step. A rotation by
+        no angle whose cosine is that root does it in one pass: `norm` divides by the root of the
+        mean square, and the length of a unit vector is bounded by 1e-12 as in `F.normalize`.
         """
         arithmetic = torch.promote_types(query.dtype, torch.float32)
+        dim = query.shape[-1]
         scale = self.logit_scale.to(arithmetic).reshape(1, self.num_heads, 1, 1)
-        scale = scale.clamp(max=math.log(1.0 / 0.01)).exp()
-        unit_query = F.normalize(query.to(arithmetic), dim=-1) * scale
-        unit_key = F.normalize(key.to(arithmetic), dim=-1)
-        return unit_query.to(query.dtype), unit_key.to(query.dtype), 1.0
+        root = scale.clamp(max=math.log(1.0 / 0.01)).mul(0.5).exp()
+        if dim % 2:  # no pairs to rotate
+            query, key = (
+                (F.normalize(x.to(arithmetic), dim=-1) * root).to(x.dtype) for x in (query, key)
+            )
+            return query, key, 1.0
+        cos = (root * dim**-0.5).expand(-1, -1, 1, dim)
+        query, key = qk_norm_rope(
+            query,
+            key,
+            norm="rms",
+            eps=1e-24 / dim,
+            cos_sin=(cos, torch.zeros_like(cos)),
+            backend=self._backend("qk_norm_rope"),
+        )
+        return query, key, 1.0
 
 
 class FastWindowAttentionV2(_FusedCosineAttention, swin_transformer_v2.WindowAttention):
