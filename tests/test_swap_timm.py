@@ -20,6 +20,7 @@ from timm.layers import (
     AttentionPoolPrr,
     Mlp,
     PatchEmbed,
+    QuickGELU,
     RotAttentionPool2d,
 )
 from timm.layers.attention import Attention, AttentionRope
@@ -305,6 +306,15 @@ def test_drop_path_and_layer_scale_in_training(name):
 def test_a_convolutional_mlp_is_refused():
     report = swap(nn.Sequential(Mlp(8, 16, use_conv=True)))
     assert [(row.action, row.reason) for row in report.rows] == [("refused", "convolutional")]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_activation_that_linear_has_not(grad):
+    layer, x = Mlp(8, 16, act_layer=QuickGELU).double(), torch.randn(2, 5, 8).double()
+    expected = layer(x)
+    swap(layer)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_class_of_another_version_is_refused(monkeypatch):

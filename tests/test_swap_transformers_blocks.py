@@ -11,7 +11,10 @@ from torch import nn
 
 pytest.importorskip("transformers", exc_type=ImportError)
 
+from transformers import activations  # noqa: E402
+
 from patchgen_fast import dispatch  # noqa: E402
+from patchgen_fast.modules import fused  # noqa: E402
 from patchgen_fast.swapping import swap, swapped, verify  # noqa: E402
 from patchgen_fast.swapping import transformers_blocks as blocks  # noqa: E402
 
@@ -56,6 +59,13 @@ FEED_FORWARDS = {
 }
 
 
+# one class of each source, and whether the residual is added
+OUTPUTS = {
+    "ec67b85adb2c3283": (lambda: mlp("yolos", "YolosOutput", CONFIG), True),
+    "d5c2346d9efbb4a3": (lambda: mlp("swinv2", "Swinv2Output", CONFIG, 32), False),
+}
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -63,6 +73,7 @@ def seeded():
 
 def test_every_known_source_is_tested():
     assert FEED_FORWARDS.keys() == blocks.FEED_FORWARDS.keys()
+    assert OUTPUTS.keys() == blocks.OUTPUTS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,6 +100,59 @@ def test_dropout_and_residual_in_training(source):
     torch.manual_seed(1)
     got = layer.fused_forward(x, residual=residual)
     torch.testing.assert_close(got, expected + residual, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("source", OUTPUTS)
+def test_second_halves(source, dtype):
+    build, adds = OUTPUTS[source]
+    layer = build().to(dtype).eval()
+    x = torch.randn(2, 9, layer.dense.in_features).to(dtype)
+    sum_with = (torch.randn(2, 9, layer.dense.out_features).to(dtype),) if adds else ()
+    with swapped(layer) as report:
+        assert [row.action for row in report.rows] == ["swapped"], str(report)
+        with dispatch.counting() as ran:
+            layer(x, *sum_with)
+    assert any(call.startswith("linear.") for call in ran)
+    report = verify(layer, x, *sum_with)
+    assert report.ok, str(report)
+    layer.double().train()
+    x, *sum_with = (t.double() for t in (x, *sum_with))
+    torch.manual_seed(1)
+    expected = layer(x, *sum_with)
+    with swapped(layer):
+        torch.manual_seed(1)
+        torch.testing.assert_close(layer(x, *sum_with), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_quick_gelu_in_place_is_the_same_to_the_bit(dtype):
+    activation, x = activations.QuickGELUActivation(), torch.randn(999).to(dtype) * 8
+    assert torch.equal(fused.IN_PLACE[type(activation)](x.clone()), activation(x))
+
+
+def test_quick_gelu_in_place_only_where_nobody_looks():
+    layer, x = FEED_FORWARDS["b583608dd70c7aa9"]().double(), torch.randn(2, 9, 24).double()
+    assert type(layer.act) is activations.QuickGELUActivation
+    expected = layer(x)
+    swap(layer)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
+        seen = []
+        layer.act.register_forward_hook(lambda module, args, out: seen.append((*args, out)))
+        torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
+    ((given, out),) = seen
+    assert torch.equal(out, activations.QuickGELUActivation()(given))
+
+
+def test_quick_gelu_compiled():
+    layer, x = FEED_FORWARDS["b583608dd70c7aa9"](), torch.randn(2, 9, 24)
+    swap(layer)
+    with torch.no_grad():
+        expected = layer(x)
+        got = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, expected)
 
 
 def test_by_keyword_copied_and_pickled():

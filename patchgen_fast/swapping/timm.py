@@ -38,9 +38,11 @@ from ..modules.feed_forward import FusedFeedForward
 from ..modules.fused import (
     ACTIVATION_TYPES,
     DROP_TYPES,
+    IN_PLACE,
     NORM_TYPES,
     inactive,
     project,
+    quick_gelu_,
     takes_residual,
 )
 from ..modules.patch_conv import FastPatchConv2d
@@ -85,6 +87,7 @@ DROP_TYPES[timm.layers.DropPath] = "drop_prob"
 ACTIVATION_TYPES[timm.layers.GELU] = "gelu"
 ACTIVATION_TYPES[timm.layers.GELUTanh] = "gelu_tanh"
 ACTIVATION_TYPES[timm.layers.Swish] = "silu"
+IN_PLACE[timm.layers.QuickGELU] = quick_gelu_
 
 
 # ----------------------------------------------------------------------- patch embed, feed-forward

@@ -21,10 +21,12 @@ from transformers import activations
 
 from ..modules.fused import (
     ACTIVATION_TYPES,
+    IN_PLACE,
     add_then_norm,
     add_to_residual,
     inactive,
     project,
+    quick_gelu_,
     takes_residual,
 )
 from ..modules.state import FastLayer
@@ -37,6 +39,7 @@ ACTIVATION_TYPES[activations.GELUTanh] = "gelu_tanh"
 ACTIVATION_TYPES[activations.NewGELUActivation] = "gelu_tanh"
 ACTIVATION_TYPES[activations.AccurateGELUActivation] = "gelu_tanh"
 ACTIVATION_TYPES[activations.SiLUActivation] = "silu"
+IN_PLACE[activations.QuickGELUActivation] = quick_gelu_
 
 
 # ------------------------------------------------------------------------------------ feed-forward
@@ -100,6 +103,23 @@ class FastFeedForward(FastLayer):
             return x
         drop = getattr(self, name)
         return drop(x) if isinstance(drop, nn.Module) else F.dropout(x, drop)
+
+
+class FastOutput(FastLayer):
+    """What follows the first half where that is a class of its own, with the sum if there is one.
+
+    The map after the attention heads has the same source in some models.
+    """
+
+    dense: Any
+    dropout: Any
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor | None = None) -> Tensor:
+        self._count_call()
+        if inactive(self.dropout):
+            return project(self, hidden_states, self.dense, residual=input_tensor)
+        out: Tensor = self.dropout(project(self, hidden_states, self.dense))
+        return out if input_tensor is None else out + input_tensor
 
 
 # ------------------------------------------------------------------------------------------ layers
@@ -237,6 +257,10 @@ FEED_FORWARDS = {
     "571d9a54767bb8aa": Names("w3", F.silu, "w2", gate="w1"),  # LFM
     "f3694455008b42c7": Names("dense", "intermediate_act_fn", None),  # BERT's, YOLOS, DPT, VideoMAE
 }
+OUTPUTS = {
+    "ec67b85adb2c3283",  # YOLOS, DPT, VideoMAE, ViLT, FLAVA
+    "d5c2346d9efbb4a3",  # without the sum: Swin v2, Donut, TimeSformer, Data2Vec
+}
 LAYERS: dict[str, type[FastLayer]] = {
     "f173e84dce5adeb0": FastClipLayer,
     "b5847b7d3aef8349": FastClipLayer,  # SigLIP
@@ -264,6 +288,8 @@ def adapter_for(cls: type) -> Adapter | None:
     if print_ in FEED_FORWARDS:
         target = _subclass(FastFeedForward, cls, _names=FEED_FORWARDS[print_])
         return Adapter(cls, takes_residual(target), "feed_forward")
+    if print_ in OUTPUTS:
+        return Adapter(cls, _subclass(FastOutput, cls), "feed_forward")
     if print_ in LAYERS:
         return Adapter(cls, _subclass(LAYERS[print_], cls), "layer")
     return None
