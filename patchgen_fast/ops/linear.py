@@ -123,14 +123,18 @@ def _has_avx512() -> bool:
     return _native.has_avx512()
 
 
+def _has_few_rows(input: Tensor, learns: bool) -> bool:
+    """Whether torch's product on the CPU is faster; `learns`: gradients are wanted."""
+    most = FEW_ROWS.get(input.dtype, 0) if learns else 0
+    if not _has_avx512():
+        most = max(most, FEW_ROWS_NARROW.get(input.dtype, 0))
+    return most > 0 and math.prod(input.shape[:-1]) < most
+
+
 def _prefer(args: LinearArguments) -> str | None:
-    """torch, for a product of few rows on the CPU, by the vectors at hand and gradients wanted."""
     if args.input.device.type != "cpu":
         return None
-    rows, dtype = math.prod(args.input.shape[:-1]), args.input.dtype
-    few = rows < FEW_ROWS.get(dtype, 0) and _needs_grad(args.input, args.weight)
-    few = few or (rows < FEW_ROWS_NARROW.get(dtype, 0) and not _has_avx512())
-    return "torch" if few else None
+    return "torch" if _has_few_rows(args.input, _needs_grad(args.input, args.weight)) else None
 
 
 OP = Op(
@@ -235,7 +239,7 @@ def linear(
     if (
         backend is None
         and OP.takes_cpu_kernel(input)
-        and (_has_avx512() or input.dtype not in FEW_ROWS_NARROW)
+        and not _has_few_rows(input, learns=False)
         and _is_usual(input, weight, bias, residual)
     ):
         return OP.run(LinearArguments(input, weight, bias, name, residual, False), "cpu")[0]
