@@ -69,7 +69,7 @@ PATCHGEN_FAST_INLINE auto for_float_type(Dtype dtype, const Body& body) {
 }
 
 PATCHGEN_FAST_INLINE Vec broadcast_word(const Word* word) {
-  return broadcast(bit_cast<float>(*word));
+  return broadcast(load_bits<float>(word));
 }
 PATCHGEN_FAST_INLINE Vec load_words(const Word* from) {
   return load_bits<Vec>(from);

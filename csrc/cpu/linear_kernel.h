@@ -2,10 +2,11 @@
 //
 //     out = activation(input @ W^T + bias) + residual
 //
-// One task owns a block of rows (48 to 96) and all or some columns. Without an activation the
-// epilogue runs in registers; with one, the tile goes through a buffer of 1.5 KiB in L1, so that
-// the exponentials are compiled once and not into every shape of tile. Bytes moved: input, residual
-// and output once, the weight twice (packing).
+// One task owns a block of rows (48 to 96) and all or some columns; it gathers the rows only where
+// they can't be multiplied as they lie. Without an activation the epilogue runs in registers; with
+// one, the tile goes through a buffer of 1.5 KiB in L1, so that the exponentials are compiled once
+// and not into every shape of tile. Bytes moved: input, residual and output once, the weight twice
+// (packing).
 #pragma once
 
 #include "gemm_gather.h"
@@ -31,21 +32,37 @@ static void pack_linear(const LinearForward& f, const GemmPlan& plan, int64_t pa
             static_cast<const T*>(f.bias));
 }
 
+// Whether the rows of the input can be multiplied where they lie: whole groups of the operand at
+// whole words, and not all rows of a tile in the same set of the L1 cache.
 template <class T>
-static void multiply_linear(const LinearForward& f, const GemmPlan& plan, int64_t task,
-                            void* scratch) {
+PATCHGEN_FAST_INLINE bool multiplies_in_place(const LinearForward& f) {
+  using Operand = typename OperandFor<T>::type;
+  constexpr int64_t kAliasing = 4096 / static_cast<int64_t>(sizeof(T));
+  return std::is_same_v<T, typename Operand::Element> && f.depth % Operand::kGroup == 0 &&
+         f.input_stride % Operand::kGroup == 0 && f.input_stride % kAliasing != 0 &&
+         reinterpret_cast<uintptr_t>(f.input) % sizeof(Word) == 0;
+}
+
+template <class T>
+static void multiply_linear(const LinearForward& f, GemmPlan plan, int64_t task, void* scratch) {
   using Operand = typename OperandFor<T>::type;
   const GemmTask t = gemm_task(plan, task);
-  Word* a = static_cast<Word*>(scratch);
+  Word* gathered = static_cast<Word*>(scratch);
+  auto* targets = reinterpret_cast<RowTarget<T>*>(gathered + plan.rows_per_task * plan.stride);
   const RowsOf<T> input{static_cast<const T*>(f.input), f.input_stride, plan.rows, 0};
-  gather_rows<Operand>(a, plan.stride, input, t.first_row, t.rows, plan.depth);
+  const Word* a = gathered;
+  if (multiplies_in_place<T>(f)) {
+    a = reinterpret_cast<const Word*>(input.row(t.first_row));
+    plan.stride = f.input_stride / Operand::kGroup;
+  } else {
+    gather_rows<Operand>(gathered, plan.stride, input, t.first_row, t.rows, plan.depth);
+  }
   const Word* packed = static_cast<const Word*>(f.packed);
   const float* bias = reinterpret_cast<const float*>(packed + bias_offset(plan));
   const int64_t offset = t.first_row * f.columns;
   T* out = static_cast<T*>(f.out) + offset;
   const T* residual = f.residual == nullptr ? nullptr : static_cast<const T*>(f.residual) + offset;
   if (f.activation == Activation::none && f.preactivation == nullptr) {
-    auto* targets = reinterpret_cast<RowTarget<T>*>(a + plan.rows_per_task * plan.stride);
     for (int64_t r = 0; r < t.rows; ++r) {
       targets[r] = {out + r * f.columns, residual == nullptr ? nullptr : residual + r * f.columns};
     }
