@@ -90,13 +90,22 @@ class MaskGradientTask {
       const QueryRows rows = shape_.block(head, block, problem_.queries);
       const int64_t keys = round_up(view.visible(rows, panel), kLanes);
       gradient_.compute(view, rows, panel, false);
-      for (int64_t r = 0; r < rows.rows; ++r) {
+      const int64_t together = one_row_ ? rows.rows : 1;
+      for (int64_t r = 0; r < rows.rows; r += together) {
         float* sums = sums_ + (one_row_ ? 0 : r) * shape_.score_row;
-        const float* scores = gradient_.scores + r * shape_.score_row;
-        for (int64_t j = 0; j < keys; j += kLanes) {
-          store(sums + j, load(sums + j) + load(scores + j));
-        }
+        add_rows(sums, gradient_.scores + r * shape_.score_row, together, keys);
       }
+    }
+  }
+
+  // Rows that have one sum are added up by themselves first: the long sum then rounds less often.
+  void add_rows(float* sums, const float* scores, int64_t rows, int64_t keys) const {
+    for (int64_t j = 0; j < keys; j += kLanes) {
+      Vec sum = load(scores + j);
+      for (int64_t r = 1; r < rows; ++r) {
+        sum += load(scores + r * shape_.score_row + j);
+      }
+      store(sums + j, load(sums + j) + sum);
     }
   }
 

@@ -19,6 +19,11 @@ struct InstructionSet {
   bool (*supported)();  // by this CPU and operating system
 };
 
+#if defined(__x86_64__)
+// Conversions of float16 by the CPU, and an operating system that lets them be used.
+bool has_f16c();
+#endif
+
 // Every instruction set of this build, best first; the last one runs everywhere.
 const std::vector<InstructionSet>& instruction_sets();
 

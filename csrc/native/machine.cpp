@@ -4,6 +4,8 @@
 #include <cctype>
 #include <fstream>
 
+#include "cpu/isa.h"
+
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
@@ -107,7 +109,9 @@ std::vector<std::string> cpu_features() {
   PATCHGEN_FAST_FEATURE("avx")
   PATCHGEN_FAST_FEATURE("avx2")
   PATCHGEN_FAST_FEATURE("fma")
-  PATCHGEN_FAST_FEATURE("f16c")
+  if (has_f16c()) {
+    names.push_back("f16c");
+  }
   PATCHGEN_FAST_FEATURE("avx512f")
   PATCHGEN_FAST_FEATURE("avx512bw")
   PATCHGEN_FAST_FEATURE("avx512dq")
