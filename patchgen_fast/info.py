@@ -267,6 +267,7 @@ def _op_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if "error" in facts:
         return [("none", facts["error"])]
     rows = []
+    told: dict[str, str] = {}  # a reason -> the op where it stands
     for op, backends in facts.items():
         there = []
         for name, state in backends.items():
@@ -274,8 +275,9 @@ def _op_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
                 there.append(name if state["backward"] else f"{name} (forward)")
         rows.append((op, ", ".join(there)))
         for name, state in backends.items():
-            if state["reason"]:
-                rows.append((f"  not {name}", state["reason"]))
+            if reason := state["reason"]:
+                first = told.setdefault(reason, op)
+                rows.append((f"  not {name}", reason if first == op else f"as for {first}"))
     return rows
 
 

@@ -86,7 +86,8 @@ def find(name: str) -> ModelSource:
     """
     library, colon, model = name.partition(":")
     if not colon or not library or not model:
-        raise ValueError(f"expected a model as {FORMS}, got {name!r}{_near(library, LIBRARIES)}")
+        near = "" if library in LIBRARIES else _near(library, LIBRARIES)
+        raise ValueError(f"expected a model as {FORMS}, got {name!r}{near}")
     named = {
         "timm": _timm,
         "torchvision": _torchvision,
@@ -109,9 +110,19 @@ def _converted(arguments: Arguments, device: str, dtype: torch.dtype) -> Argumen
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    """`; did you mean a, b?`, or nothing."""
+    """`; did you mean a, b?`, or nothing: names like `name`, and names that begin like it."""
     lower = {other.lower(): other for other in known}
-    found = difflib.get_close_matches(name.lower(), lower, n=5, cutoff=0.6)
+    matcher = difflib.SequenceMatcher(b=name.lower())
+
+    def likeness(other: str) -> float:
+        ratios = []
+        for text in (other, other[: len(name) + 1]):
+            matcher.set_seq1(text)
+            ratios.append(matcher.ratio())
+        return max(ratios)
+
+    rated = sorted((-likeness(other), len(other), other) for other in lower)
+    found = [other for rating, _, other in rated[:5] if rating <= -0.6]
     if not found and len(name) > 2:
         found = sorted(other for other in lower if name.lower() in other)[:5]
     return f"; did you mean {', '.join(lower[other] for other in found)}?" if found else ""
