@@ -199,8 +199,11 @@ class BuildNative(build_ext):
         include_dirs = [str(CSRC)]
         # system headers: their warnings are not ours
         system = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-        link, nvcc_flags, archs = [], [], []
-        if sys.platform != "darwin":
+        nvcc_flags, archs = [], []
+        if sys.platform == "darwin":
+            # by name, because torch's libraries are loaded privately there
+            link = ["-ltorch_cpu"]
+        else:
             # libtorch brings libtorch_cuda, where there is one, into the scope of our weak symbols
             link = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
         if with_cuda:
