@@ -192,7 +192,7 @@ class ScoreGradient {
         rows_as_units<Math>(view.element<Element>(tensor, rows.head, rows.query), tensor.token,
                             rows.rows, problem_.dim, sign, rows_, shape_.query_row);
     multiply_keys<Math>(units, rows.rows, panel_keys, panel.keys, view.visible(rows, panel),
-                        shape_.steps, to, shape_.score_row, &ahead);
+                        shape_.steps, to, shape_.score_row);
   }
 
   static constexpr int kRowsAtOnce = 4;

@@ -212,7 +212,7 @@ class ForwardTask {
         view_.element<Element>(problem_.query, block.head, block.query), problem_.query.token,
         block.rows, problem_.dim, view_.sign, work_.queries, shape_.query_row);
     multiply_keys<Math>(queries, block.rows, work_.keys, panel.keys, keys, shape_.steps,
-                        work_.scores, shape_.score_row, &ahead_);
+                        work_.scores, shape_.score_row);
     view_.mask(block, panel, work_.scores, shape_.score_row);
   }
 

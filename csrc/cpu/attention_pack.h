@@ -102,7 +102,7 @@ void pack_keys(const Element* from, int64_t stride, int64_t keys, int64_t dim, f
   const int64_t steps = divide_up(dim, Math::kGroup);
   const int64_t vectors = divide_up(keys, kLanes);
   for (int64_t first = 0; first < vectors;) {
-    const int64_t width = tile_vectors(vectors - first);
+    const int64_t width = key_tile_vectors<Math>(vectors - first);
     for (int64_t v = 0; v < width; ++v) {
       const int64_t key = (first + v) * kLanes;
       pack_key_vector<Math>(from + key * stride, stride, smaller(keys - key, kLanes), dim,

@@ -23,9 +23,6 @@ inline void bring_row(const void* row, int64_t bytes) {
 // The lines of rows that lie at equal distances, one after the other.
 class LineWalk {
  public:
-  // A walk that stays where it is.
-  explicit LineWalk(const void* place) : at_(static_cast<const char*>(place)) {}
-
   // From byte `offset` of the first row on; it does not end with the last row.
   LineWalk(const char* row, int64_t offset, int64_t bytes, int64_t stride)
       : at_(row + offset),
@@ -45,7 +42,12 @@ class LineWalk {
 
  private:
   const char* at_;
-  int64_t offset_ = 0, last_ = 0, to_next_row_ = 0;
+  int64_t offset_, last_, to_next_row_;
+};
+
+// In place of a walk where nothing is to be brought in.
+struct NoWalk {
+  PATCHGEN_FAST_INLINE_MEMBER void bring_next() {}
 };
 
 // Rows to bring in, a few lines with each product.
@@ -58,12 +60,12 @@ class Prefetch {
     }
   }
 
-  // The next lines, for a product of `steps` steps. Where fewer are left of a range, the walk goes
-  // on past its end: a hint that is wrong harms nothing, and a count in each step would.
+  bool any() const { return next_ < ranges_; }
+
+  // The next lines, for a product of `steps` steps, if there are any. Where fewer are left of a
+  // range, the walk goes on past its end: a hint that is wrong harms nothing, and a count in each
+  // step would.
   LineWalk take(int64_t steps) {
-    if (next_ == ranges_) {
-      return LineWalk(this);
-    }
     Range& range = queue_[next_];
     const LineWalk walk(range.row, line_ * LineWalk::kLineBytes, range.bytes, range.stride);
     const int64_t lines_a_row = divide_up(range.bytes, LineWalk::kLineBytes);
@@ -80,7 +82,7 @@ class Prefetch {
 
   // Brings in whatever is left.
   void finish() {
-    while (next_ < ranges_) {
+    while (any()) {
       const int64_t lines_a_row = divide_up(queue_[next_].bytes, LineWalk::kLineBytes);
       int64_t lines = queue_[next_].count * lines_a_row - line_;
       for (LineWalk walk = take(lines); lines > 0; --lines) {

@@ -73,6 +73,17 @@ constexpr int64_t tile_vectors(int64_t remaining) {
   return remaining == preferred + 1 || remaining == preferred + 2 ? (remaining + 1) / 2 : preferred;
 }
 
+// The same where lanes are keys. Those products are short for pairs, and what a tile spends around
+// its steps grows with its sums: over 32 steps, tiles of 8 x 2 reach 98 % of peak, of 6 x 4 93 %
+// (Zen 5). Floats take twice the steps, and are 1 % faster in wide tiles.
+template <class Math>
+constexpr int64_t key_tile_vectors(int64_t remaining) {
+  if (kRegisters < 32 || Math::kGroup == 1) {
+    return tile_vectors(remaining);
+  }
+  return remaining <= 3 ? remaining : 2;
+}
+
 // The operand that is read unit by unit; strides count units. A transposed one has row 1.
 struct Units {
   const float* data;
@@ -94,12 +105,12 @@ struct Vectors {
 
 // Only the widest vectors are worth it, and only in the tiles that most products are made of.
 constexpr bool may_narrow(int vectors) {
-  return kLanes == 16 && vectors >= 3;
+  return kLanes == 16 && (vectors > 1);
 }
 
-template <class Math, int kRows, int kVectors, bool kNarrowLast, bool kAdd>
+template <class Math, int kRows, int kVectors, bool kNarrowLast, bool kAdd, class Walk>
 void tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
-          int64_t steps, float* c, int64_t c_row, LineWalk ahead) {
+          int64_t steps, float* c, int64_t c_row, Walk ahead) {
   constexpr int kWhole = kVectors - (kNarrowLast ? 1 : 0);
   Vec acc[kRows][kWhole] = {};
   NarrowVec last[kRows] = {};
@@ -142,22 +153,35 @@ void tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t
   }
 }
 
+template <class Walk>
 using Tile = void (*)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*,
-                      int64_t, LineWalk);
+                      int64_t, Walk);
 
-template <class Math, int kVectors, bool kNarrowLast, bool kAdd, int... R>
-constexpr auto tiles_of_rows(std::integer_sequence<int, R...>) {
-  struct Row {
-    Tile tiles[sizeof...(R)];
-  };
-  return Row{{tile<Math, R + 1, kVectors, kNarrowLast, kAdd>...}};
+template <class Walk, int kRows>
+struct Tiles {
+  Tile<Walk> of_rows[kRows];  // of 1, 2, ... rows
+};
+
+template <class Walk, class Math, int kVectors, bool kNarrowLast, bool kAdd, int... R>
+constexpr auto all_tiles(std::integer_sequence<int, R...>) {
+  return Tiles<Walk, sizeof...(R)>{{tile<Math, R + 1, kVectors, kNarrowLast, kAdd, Walk>...}};
+}
+
+template <class Walk, class Math, int kVectors, bool kNarrowLast>
+PATCHGEN_FAST_INLINE Tile<Walk> tile_of(int64_t rows, bool add) {
+  constexpr int kRows = max_rows(kVectors);
+  using Rows = std::make_integer_sequence<int, kRows>;
+  static constexpr auto storing = all_tiles<Walk, Math, kVectors, kNarrowLast, false>(Rows{});
+  static constexpr auto adding = all_tiles<Walk, Math, kVectors, kNarrowLast, true>(Rows{});
+  return (add ? adding : storing).of_rows[smaller(rows, kRows) - 1];
 }
 
 // Any number of rows, up to kMaxVectors vectors. With `add`, the product is added to c. Meanwhile
-// `ahead` brings in what comes after.
+// `ahead` brings in what comes after; walking costs a twentieth of a short product, so tiles that
+// have nothing to bring in do without. Inline, because between short tiles a call shows.
 template <class Math, int kVectors = 1, bool kNarrowLast = false>
-void multiply(Units a, int64_t rows, Vectors b, int64_t steps, float* c, int64_t c_row,
-              bool add = false, Prefetch* ahead = nullptr) {
+PATCHGEN_FAST_INLINE void multiply(Units a, int64_t rows, Vectors b, int64_t steps, float* c,
+                                   int64_t c_row, bool add = false, Prefetch* ahead = nullptr) {
   if constexpr (kVectors < kMaxVectors && !kNarrowLast) {
     if (b.count > kVectors) {
       return multiply<Math, kVectors + 1>(a, rows, b, steps, c, c_row, add, ahead);
@@ -168,28 +192,29 @@ void multiply(Units a, int64_t rows, Vectors b, int64_t steps, float* c, int64_t
       return multiply<Math, kVectors, true>(a, rows, b, steps, c, c_row, add, ahead);
     }
   }
-  constexpr int kRows = max_rows(kVectors);
-  using Rows = std::make_integer_sequence<int, kRows>;
-  static constexpr auto storing = tiles_of_rows<Math, kVectors, kNarrowLast, false>(Rows{});
-  static constexpr auto adding = tiles_of_rows<Math, kVectors, kNarrowLast, true>(Rows{});
-  const Tile* tiles = add ? adding.tiles : storing.tiles;
-  for (int64_t r = 0; r < rows; r += kRows) {
-    const LineWalk lines = ahead != nullptr ? ahead->take(steps) : LineWalk(c);
-    tiles[smaller(rows - r, kRows) - 1](a.data + r * a.row, a.row, a.step, b.data, b.step, steps,
-                                        c + r * c_row, c_row, lines);
+  for (int64_t r = 0; r < rows; r += max_rows(kVectors)) {
+    const Units a_rows = a.at(r, 0);
+    float* c_rows = c + r * c_row;
+    if constexpr (!kNarrowLast) {
+      if (ahead != nullptr && ahead->any()) {
+        tile_of<LineWalk, Math, kVectors, false>(rows - r, add)(
+            a_rows.data, a.row, a.step, b.data, b.step, steps, c_rows, c_row, ahead->take(steps));
+        continue;
+      }
+    }
+    tile_of<NoWalk, Math, kVectors, kNarrowLast>(rows - r, add)(
+        a_rows.data, a.row, a.step, b.data, b.step, steps, c_rows, c_row, NoWalk{});
   }
 }
 
 // The same over a long contraction, whose running sum would gather rounding errors: floats in runs
 // of at most kRun steps, each summed on its own. Beside the rounding of bf16 they do not show.
 template <class Math>
-void multiply_in_runs(Units a, int64_t rows, Vectors b, int64_t steps, float* c, int64_t c_row,
-                      Prefetch* ahead = nullptr) {
+void multiply_in_runs(Units a, int64_t rows, Vectors b, int64_t steps, float* c, int64_t c_row) {
   const int64_t longest = Math::kGroup > 1 ? steps : rows <= kFewRows ? kShortRun : kRun;
   const int64_t run = divide_up(steps, larger(1, divide_up(steps, longest)));
   for (int64_t step = 0; step < steps; step += run) {
-    multiply<Math>(a.at(0, step), rows, b.at(step), smaller(run, steps - step), c, c_row, step > 0,
-                   ahead);
+    multiply<Math>(a.at(0, step), rows, b.at(step), smaller(run, steps - step), c, c_row, step > 0);
   }
 }
 
@@ -210,15 +235,15 @@ void multiply_rows(Units a, int64_t rows, const float* b, int64_t columns, int64
 // `keys` of them, 0 up to whole vectors.
 template <class Math>
 void multiply_keys(Units a, int64_t rows, const float* b, int64_t panel_keys, int64_t keys,
-                   int64_t steps, float* c, int64_t c_row, Prefetch* ahead = nullptr) {
+                   int64_t steps, float* c, int64_t c_row) {
   const int64_t panel_vectors = divide_up(panel_keys, kLanes);
   const int64_t vectors = divide_up(keys, kLanes);
   for (int64_t first = 0; first < vectors;) {
-    const int64_t width = tile_vectors(panel_vectors - first);
+    const int64_t width = key_tile_vectors<Math>(panel_vectors - first);
     const int64_t count = smaller(width, vectors - first);
     const bool narrow_last = keys <= (first + count) * kLanes - kLanes / 2;
     multiply_in_runs<Math>(a, rows, {b, width * kLanes, count, narrow_last}, steps,
-                           c + first * kLanes, c_row, ahead);
+                           c + first * kLanes, c_row);
     b += width * kLanes * steps;
     first += width;
   }
