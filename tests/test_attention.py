@@ -20,6 +20,8 @@ from cases.attention import (
 )
 from oracle import Target, explicit_gradients, explicit_pairs
 
+from patchgen_fast import attention
+
 
 @pytest.mark.representative
 @pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
@@ -63,3 +65,18 @@ def test_any_backward_takes_any_forward(case: Case, forward: str, backward: str)
         return call(case, "reference", **inputs)
 
     compare(case, stated, explicit_gradients(stated, by_reference, forward, backward))
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low", [-1e4, -1e30, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("head_dim", [8, 64])
+def test_low_numbers_in_a_row_hide_as_false_does(head_dim, low, dtype, target: Target) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 37, head_dim, device=target.device).to(dtype)
+    seen = torch.rand(37, 37, device=target.device) > 0.3
+    seen[:, 0] = True
+    added = torch.zeros(37, 37, device=target.device).masked_fill(~seen, low)
+    expected = attention(query, key, value, seen, backend=target.backend)
+    got = attention(query, key, value, added, backend=target.backend)
+    torch.testing.assert_close(got, expected)

@@ -27,7 +27,7 @@ constexpr int64_t kTile = 64;             // keys
 constexpr int64_t kLeastSplitKeys = 256;  // shorter splits cost more to join than they save
 constexpr int64_t kPage = 4096;
 constexpr int64_t kPagesAhead = 8;
-constexpr int64_t kBytesAhead = 4 * kPage;
+constexpr int64_t kBytesAhead = 2 * kPage;
 
 // Sizes that follow from the problem alone.
 template <class Math>
@@ -67,8 +67,8 @@ struct TileRows {
   int64_t dim;
 
   // Rows that follow each other are brought in kBytesAhead before they are read, on into the next
-  // head's; the addresses of their pages, which take longest to find, kPagesAhead before. Rows that
-  // lie apart: those of the next tile.
+  // head's, and to the L1 cache, for so few bytes fit; the addresses of their pages, which take
+  // longest to find, kPagesAhead before. Rows that lie apart: those of the next tile.
   PATCHGEN_FAST_INLINE_MEMBER void bring_next(int64_t row) const {
     const int64_t bytes = dim * static_cast<int64_t>(sizeof(Element));
     if (stride == dim) {
@@ -76,7 +76,7 @@ struct TileRows {
       if (row * bytes % kPage < bytes) {
         __builtin_prefetch(from + kPagesAhead * kPage);
       }
-      bring_row(from + kBytesAhead, bytes);
+      bring_row<false, kL1>(from + kBytesAhead, bytes);
     } else if (row < next_count) {
       bring_row(next + row * next_stride, bytes);
     }

@@ -1,4 +1,5 @@
-// Rows of memory that are needed soon, brought into the second-level cache a line at a time.
+// Rows of memory that are needed soon, brought into the second-level cache, unless said, a line at
+// a time.
 //
 // The rows of one attention head are far apart: hardware neither foresees them nor keeps enough
 // misses under way. A burst of prefetches would itself wait for them; one in each step of a
@@ -11,12 +12,15 @@
 namespace patchgen_fast {
 namespace {
 
+// To which cache, in the terms of __builtin_prefetch.
+constexpr int kL1 = 3, kL2 = 2;
+
 // One row, at once.
-template <bool kToWrite = false>
+template <bool kToWrite = false, int kCache = kL2>
 inline void bring_row(const void* row, int64_t bytes) {
   constexpr int64_t kLineBytes = 64;
   for (int64_t b = 0; b < bytes; b += kLineBytes) {
-    __builtin_prefetch(static_cast<const char*>(row) + b, kToWrite, 2);
+    __builtin_prefetch(static_cast<const char*>(row) + b, kToWrite, kCache);
   }
 }
 

@@ -53,14 +53,20 @@ template <int kCount>
 PATCHGEN_FAST_INLINE Exponents<kCount> split_exponents(const Vec (&x)[kCount], Vec factor) {
   Exponents<kCount> e;
 #if defined(__AVX512F__)
+  // Far below, as under a mask of finfo.min, the product's rounding error is itself a huge number,
+  // of which the series would make infinity; 2^power is 0 there, whatever the fraction.
+  const Vec least = broadcast(-256.0f);
+  __mmask16 near[kCount];
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) {
-    e.power[i] = _mm512_roundscale_ps(x[i] * factor, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vec product = x[i] * factor;
+    near[i] = _mm512_cmp_ps_mask(product, least, _CMP_GT_OQ);
+    e.power[i] = _mm512_roundscale_ps(product, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) {
     // GCC would use the product of above once more, and subtract.
-    e.fraction[i] = _mm512_fmsub_ps(x[i], factor, e.power[i]);
+    e.fraction[i] = _mm512_maskz_fmsub_ps(near[i], x[i], factor, e.power[i]);
   }
 #else
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum, whence it goes
