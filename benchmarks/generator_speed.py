@@ -1,6 +1,6 @@
 """The generator on 64 x 64 images, eager and swapped: a decode step, a drawing, a training step.
 
-    python benchmarks/generator_speed.py --record benchmarks/results/generator-speed.json
+    python benchmarks/generator_speed.py --record benchmarks/results/zen5-generator-speed.json
 
 Patches of 4 x 4, 256 tokens, E 384, 6 + 6 layers, batch 16, float32. Contenders take turns within a
 round; what is compared is the median over rounds of the ratio of their times in one round. Before

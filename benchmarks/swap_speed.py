@@ -2,7 +2,7 @@
 
     python benchmarks/swap_speed.py                        # the list, batch 1, float32 and bfloat16
     python benchmarks/swap_speed.py --match vit_base_patch16_224 --batch 8
-    python benchmarks/swap_speed.py --record benchmarks/results/swap-speed.json --at-least 1.0
+    python benchmarks/swap_speed.py --at-least 1.0 --record benchmarks/results/zen5-swap-speed.json
 
 A line a model: medians, and the median of the paired ratios. One thread is timed by its processor
 time, which other work on the machine lengthens less. A model is timed only after `verify` has
