@@ -97,10 +97,11 @@ def test_every_number_of_16_bits_is_activated(activation: str, dtype: torch.dtyp
     truth, _ = reference.linear(numbers.double(), one, activation=activation)
     _, exponent = torch.frexp(truth)
     unit = number.eps * torch.exp2(exponent.double() - 1).clamp_min(number.tiny)
-    tail = (numbers < -6).squeeze(1)  # where gelu is above -1e-8
+    # There gelu is above -1e-8, and less is asked of it.
+    tail = ((numbers < -6) & ("gelu" in activation)).squeeze(1)
     for outputs in (48, 1):
         weight = torch.ones(outputs, 1, dtype=dtype)
         got = linear(numbers, weight, activation=activation, backend="cpu")
         error = (got.double() - truth).abs()
         assert (error / unit)[~tail].max() <= 0.6
-        assert error[tail].max() <= (1e-8 if "gelu" in activation else 1e-4)
+        assert (error[tail] <= 1e-8).all()
