@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gemm_tile.h"
+#include "prefetch.h"
 
 namespace patchgen_fast {
 namespace {
@@ -9,10 +10,7 @@ namespace {
 // `count` elements, into the L1 cache.
 template <bool kToWrite = false, class Element>
 PATCHGEN_FAST_INLINE void bring_near(const Element* from, int64_t count) {
-  const int64_t bytes = count * static_cast<int64_t>(sizeof(Element));
-  for (int64_t b = 0; b < bytes; b += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + b, kToWrite);
-  }
+  bring_row<kToWrite, kL1>(from, count * static_cast<int64_t>(sizeof(Element)));
 }
 
 template <class Out, class Addend = Out>

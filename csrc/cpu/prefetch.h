@@ -17,7 +17,7 @@ constexpr int kL1 = 3, kL2 = 2;
 
 // One row, at once.
 template <bool kToWrite = false, int kCache = kL2>
-inline void bring_row(const void* row, int64_t bytes) {
+PATCHGEN_FAST_INLINE void bring_row(const void* row, int64_t bytes) {
   constexpr int64_t kLineBytes = 64;
   for (int64_t b = 0; b < bytes; b += kLineBytes) {
     __builtin_prefetch(static_cast<const char*>(row) + b, kToWrite, kCache);
