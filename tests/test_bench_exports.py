@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from xml.etree import ElementTree
 
 import pytest
 from bench_fakes import FakeClock, case, empty_result, options, problem
 
-from patchgen_fast.bench import exports, plot, readme, results, runner, tables
+from patchgen_fast.bench import exports, plot, readme, results, runner, summary, tables
 from patchgen_fast.bench.problems.base import Absent
 
 HOSTILE = 'a|b<script>"&\x07\n'
@@ -141,6 +142,38 @@ def test_the_readme_section_is_replaced_between_its_markers(result, tmp_path):
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match="bench:begin"):
         readme.generate(tmp_path)
+
+
+def test_the_readme_sums_up_a_whole_suite(result, tmp_path):
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    (tmp_path / "README.md").write_text(f"{readme.BEGIN}\n{readme.END}\n")
+    result.cases = [case for case in result.cases if case.case in ("good", "red")]
+    results.write_atomically(folder / "a-quick.json", results.encode(result))
+    result.settings.suite, result.settings.filters = "cpu", {"threads": ["one"]}
+    results.write_atomically(folder / "b-cpu.json", results.encode(result))
+    new = readme.generate(tmp_path)
+    assert new.count("| attention good |") == 1  # of the quick suite
+    assert "`patchgen-fast bench --suite cpu --threads one`" in new
+    assert "(benchmarks/results/b-cpu.md)" in new
+    assert "| attention | fp32 | 1 of 2 | 2.00 (2.00–2.00) | 1.50 (1.50–1.50) | 0 |" in new
+    assert "Where a peer is faster" not in new
+
+
+def test_a_summary_names_what_was_lost(tmp_path):
+    clock = FakeClock()
+    times = {"won": {"eager": 4.0, "sdpa": 3.0}, "even": {"eager": 4.0, "sdpa": 2.0}}
+    times["lost"] = {"eager": 4.0, "sdpa": 1.0}
+    writer = results.ResultWriter(tmp_path / "r.json", empty_result())
+    runner.run(
+        [case(name) for name in times],
+        writer,
+        options(clock, lambda wanted: problem(clock, times[wanted.name] | {"ours": 2.0})),
+    )
+    assert [case.case for case in summary.losses(writer.result)] == ["lost"]
+    text = summary.markdown(writer.result)
+    assert "| attention | fp32 | 3 | 2.00 (2.00–2.00) | 1.00 (0.50–1.50) | 1 |" in text
+    assert re.search(r"\| attention lost \|.*\| 0\.50 \(.*\| sdpa \|", text)
 
 
 def test_the_readme_refuses_a_run_without_its_peers(result, tmp_path):

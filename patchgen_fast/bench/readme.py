@@ -1,5 +1,5 @@
 """The README's benchmark tables, written from the committed results between two markers: the last
-of them by name as it is, and what the others found, in short.
+of them by name as it is, what the others found, in short, and of whole suites the sums.
 
 python -m patchgen_fast.bench.readme            # rewrite
 python -m patchgen_fast.bench.readme --check    # 1 if it would change
@@ -11,12 +11,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from patchgen_fast.bench import results, tables
+from patchgen_fast.bench import results, summary, tables
 from patchgen_fast.bench.schema import ABSENT, ResultFile
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("benchmarks") / "results"
+WHOLE = "cpu"  # the suite that is too long to show
 IN_SHORT = ("case", "shape", "dtype", "ours ms", "× eager", "× best", "of peak")
 
 
@@ -28,7 +29,11 @@ def section(result: ResultFile, source: str, others: Mapping[str, ResultFile]) -
         f"Written by `make readme` from [{source}]({source}), measured by `{command(result)}`.",
         "",
         tables.tables_by_level(result, heading="###"),
-        *[line for source, other in others.items() for line in in_short(other, source)],
+        *[
+            line
+            for source, other in others.items()
+            for line in (in_sum if other.settings.suite == WHOLE else in_short)(other, source)
+        ],
         END,
     ]
     return "\n".join(lines)
@@ -37,7 +42,9 @@ def section(result: ResultFile, source: str, others: Mapping[str, ResultFile]) -
 def command(result: ResultFile) -> str:
     """What measured it."""
     suite = result.settings.suite
-    return "patchgen-fast bench" + ("" if suite == "standard" else f" --suite {suite}")
+    words = ["patchgen-fast bench"] + ([] if suite == "standard" else [f"--suite {suite}"])
+    words += [f"--{name} {v}" for name, values in result.settings.filters.items() for v in values]
+    return " ".join(words)
 
 
 def in_short(result: ResultFile, source: str) -> list[str]:
@@ -51,6 +58,20 @@ def in_short(result: ResultFile, source: str) -> list[str]:
         f"From [{source}]({source}), measured by `{command(result)}`.",
         "",
         tables.markdown_table(IN_SHORT, rows),
+    ]
+
+
+def in_sum(result: ResultFile, source: str) -> list[str]:
+    """A whole suite's sums, and what it lost; all cases stand in the page beside the source."""
+    page = source.removesuffix(".json") + ".md"
+    return [
+        "",
+        f"### The whole suite on {result.environment.cpu}",
+        "",
+        f"{len(result.cases)} cases, [all of them]({page}), from [{source}]({source}), measured by "
+        f"`{command(result)}`.",
+        "",
+        summary.markdown(result),
     ]
 
 
@@ -89,7 +110,9 @@ def generate(root: Path = ROOT) -> str:
     for name, result in named.items():
         if missing := absent_peers(result):
             raise ValueError(f"{name}: peers absent from the run: {', '.join(missing)}")
-    source, newest = named.popitem()
+    shown = [name for name, result in named.items() if result.settings.suite != WHOLE] or [*named]
+    source = shown[-1]
+    newest = named.pop(source)
     return replaced(text, section(newest, source, named))
 
 
