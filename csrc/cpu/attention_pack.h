@@ -113,27 +113,55 @@ void pack_keys(const Element* from, int64_t stride, int64_t keys, int64_t dim, f
   }
 }
 
-// Two rows of bf16 numbers to one of pairs.
-template <class Element>
-PATCHGEN_FAST_INLINE Vec load_interleaved(const Element* upper, const Element* lower,
-                                          bool has_lower, int64_t count) {
-  const int64_t lanes = smaller(count, kLanes);
-  const VecUint first = convert_to_32(load_half_partial(upper, lanes));
-  const VecUint second = has_lower ? convert_to_32(load_half_partial(lower, lanes)) : VecUint{};
-  return bit_cast<Vec>(first | (second << 16));
+// Two rows of bf16 numbers, 2 * kLanes of each, as pairs: the first row's in the low halves.
+struct RowPairs {
+  Vec low, high;
+};
+
+PATCHGEN_FAST_INLINE RowPairs interleave(Vec first, Vec second) {
+#if defined(__AVX512BF16__)
+  const VecInt lane = iota(), other = lane + 2 * kLanes;
+  const __m512i low = bit_cast<__m512i>(lane | (other << 16));
+  const __m512i high = bit_cast<__m512i>((lane + kLanes) | ((other + kLanes) << 16));
+  const __m512i a = bit_cast<__m512i>(first), b = bit_cast<__m512i>(second);
+  return {bit_cast<Vec>(_mm512_permutex2var_epi16(a, low, b)),
+          bit_cast<Vec>(_mm512_permutex2var_epi16(a, high, b))};
+#else
+  return {first, second};
+#endif
+}
+
+PATCHGEN_FAST_INLINE void store_pairs(float* to, const RowPairs& pairs) {
+  store(to, pairs.low);
+  store(to + kLanes, pairs.high);
+}
+
+// Two rows of `dim` bf16 numbers to one of `columns` pairs; the second may be missing.
+template <class Math, class Element>
+PATCHGEN_FAST_INLINE void pack_row_pair(const Element* first, const Element* second, int64_t dim,
+                                        float* to, int64_t columns) {
+  for (int64_t d = 0; d < columns; d += 2 * kLanes) {
+    const Vec upper = load_units<Math>(first + d, dim - d);
+    const Vec lower = second == nullptr ? Vec{} : load_units<Math>(second + d, dim - d);
+    const RowPairs pairs = interleave(upper, lower);
+    if (d + kLanes < columns) {
+      store_pairs(to + d, pairs);
+    } else {
+      store(to + d, pairs.low);
+    }
+  }
 }
 
 template <class Math, class Element>
 void pack_values(const Element* from, int64_t stride, int64_t keys, int64_t dim, float* to,
                  int64_t columns) {
   for (int64_t key = 0; key < keys; key += Math::kGroup) {
-    for (int64_t d = 0; d < columns; d += kLanes) {
-      const Element* here = from + d;
-      if constexpr (Math::kGroup == 1) {
-        store(to + d, load_up_to(here, dim - d));
-      } else {
-        store(to + d, load_interleaved(here, here + stride, key + 1 < keys, dim - d));
+    if constexpr (Math::kGroup == 1) {
+      for (int64_t d = 0; d < columns; d += kLanes) {
+        store(to + d, load_up_to(from + d, dim - d));
       }
+    } else {
+      pack_row_pair<Math>(from, key + 1 < keys ? from + stride : nullptr, dim, to, columns);
     }
     from += Math::kGroup * stride;
     to += columns;
