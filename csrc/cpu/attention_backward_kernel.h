@@ -27,7 +27,7 @@ class BackwardTask {
   BackwardTask(const AttentionBackward& problem, int64_t task, Carver& carver)
       : problem_(problem),
         shape_(problem),
-        gradient_(problem, shape_, carver),
+        gradient_(problem, shape_, carver, true),
         view_(task_view(problem, task)),
         next_view_(task_view(problem, smaller(task + 1, problem.batch * problem.kv_heads - 1))),
         group_(problem.heads / problem.kv_heads) {
@@ -43,6 +43,10 @@ class BackwardTask {
   void run() {
     if (problem_.statistics != nullptr) {
       measure();
+    } else if (shape_.panels > 1) {
+      for (int64_t head = 0; head < group_; ++head) {
+        gradient_.sum_outputs(view_, first_head() + head);
+      }
     }
     if (shape_.panels > 1) {
       clear(grad_query_, group_ * problem_.queries);
@@ -50,9 +54,10 @@ class BackwardTask {
     for (int64_t index = 0; index < shape_.panels; ++index) {
       const KeyPanel panel = panel_at(view_, index);
       pack(panel);
+      const bool cleared = clear_unseen(panel);
       for (int64_t block = 0; block < blocks(); ++block) {
         look_ahead(index, block);
-        differentiate(block_at(block), panel);
+        differentiate(block_at(block), panel, block > 0 || cleared);
         gradient_.ahead.finish();
       }
       store_keys(panel.first);
@@ -70,10 +75,12 @@ class BackwardTask {
 
   int64_t blocks() const { return group_ * shape_.blocks_per_head; }
 
-  QueryRows block_at(int64_t index) const {
-    return shape_.block(first_head() + index / shape_.blocks_per_head,
+  QueryRows block_at(const HeadView& view, int64_t index) const {
+    return shape_.block(view.kv_head * group_ + index / shape_.blocks_per_head,
                         index % shape_.blocks_per_head, problem_.queries);
   }
+
+  QueryRows block_at(int64_t index) const { return block_at(view_, index); }
 
   KeyPanel panel_at(const HeadView& view, int64_t index) const {
     const int64_t first = index * shape_.panel;
@@ -91,11 +98,11 @@ class BackwardTask {
                            view_.result(problem_.grad_query, problem_.heads, problem_.queries),
                            now.head, now.query, now.rows);
     }
-    if (block + 1 < blocks()) {
-      const QueryRows next = block_at(block + 1);
-      view_.bring<Element>(ahead, problem_.query, next.head, next.query, next.rows);
-      view_.bring<Element>(ahead, problem_.grad_out, next.head, next.query, next.rows);
-    }
+    const bool last_block = block + 1 == blocks();
+    const HeadView& next_rows = last_block && last_panel ? next_view_ : view_;
+    const QueryRows next = block_at(next_rows, last_block ? 0 : block + 1);
+    next_rows.bring<Element>(ahead, problem_.query, next.head, next.query, next.rows);
+    next_rows.bring<Element>(ahead, problem_.grad_out, next.head, next.query, next.rows);
     view_.bring_share<Element>(ahead,
                                view_.result(problem_.grad_key, problem_.kv_heads, problem_.keys),
                                view_.result(problem_.grad_value, problem_.kv_heads, problem_.keys),
@@ -130,8 +137,18 @@ class BackwardTask {
     const AttentionTensor& key = problem_.key;
     pack_values<Math>(view_.element<Element>(key, view_.kv_head, panel.first), key.token,
                       panel.keys, problem_.dim, key_rows_, shape_.columns);
-    clear(grad_key_, shape_.panel);
-    clear(grad_value_, shape_.panel);
+  }
+
+  // The first block stores its part of the panel's gradients, the others add theirs; but where it
+  // does not see all keys, they begin at 0.
+  bool clear_unseen(const KeyPanel& panel) {
+    const int64_t keys = smaller(shape_.panel, problem_.keys - panel.first);
+    if (blocks() > 0 && view_.visible(block_at(0), panel) == keys) {
+      return false;
+    }
+    clear(grad_key_, keys);
+    clear(grad_value_, keys);
+    return true;
   }
 
   void pack_across(const AttentionTensor& tensor, const QueryRows& rows, float* to) {
@@ -139,19 +156,20 @@ class BackwardTask {
                       rows.rows, problem_.dim, to, shape_.columns);
   }
 
-  void differentiate(const QueryRows& rows, const KeyPanel& panel) {
+  // `add`: to what blocks before have left of the panel's gradients.
+  void differentiate(const QueryRows& rows, const KeyPanel& panel, bool add) {
     const int64_t keys = view_.visible(rows, panel);
     if (keys == 0 && shape_.panels > 1) {
       return;
     }
-    gradient_.compute(view_, rows, panel, true);
+    gradient_.compute(view_, rows, panel);
     pack_across(problem_.grad_out, rows, grad_rows_);
     pack_across(problem_.query, rows, query_rows_);
     const int64_t steps = divide_up(rows.rows, Math::kGroup);
     multiply_rows<Math>(gradient_.across(gradient_.weights), keys, grad_rows_, shape_.columns,
-                        steps, grad_value_, true, &gradient_.ahead);
+                        steps, grad_value_, add, &gradient_.ahead);
     multiply_rows<Math>(gradient_.across(gradient_.scores), keys, query_rows_, shape_.columns,
-                        steps, grad_key_, true, &gradient_.ahead);
+                        steps, grad_key_, add, &gradient_.ahead);
     float* grad_query = grad_query_;
     if (shape_.panels > 1) {
       const int64_t row = (rows.head - first_head()) * problem_.queries + rows.query;

@@ -3,10 +3,11 @@
 //
 //     P = exp(scale * Q K^T + mask - lse)      dP = dO V^T      dS = P * (dP - delta + d(lse))
 //
-// P takes the place of the scores, dS that of dP, in cache. Two of the three products that follow
-// contract over query rows and want P and dS with rows as steps: floats serve as they lie
-// ([row][key], read across), bf16 is written in pairs of rows, [row / 2][key]. The third, dS K,
-// contracts over keys, for which bf16 keeps dS a second time, row by row.
+// A block is computed in strips of few rows, whose scores and dP stay in the first-level cache
+// while they become P and dS. Two of the three products that follow contract over query rows and
+// want P and dS with rows as steps: floats take the place of the scores ([row][key], read across),
+// bf16 is written in pairs of rows, [row / 2][key]. The third, dS K, contracts over keys, for which
+// bf16 keeps dS a second time, row by row.
 //
 // delta is a row's sum of P * dP. Where a panel holds all keys it is summed here, and P is divided
 // by its own sum, which takes off the rounding of lse. Over several panels delta is sum_d dO * O
@@ -21,8 +22,9 @@
 namespace patchgen_fast {
 namespace {
 
-constexpr int64_t kGradientRows = 96;   // most query rows of a block; a multiple of all row tiles
-constexpr int64_t kGradientKeys = 256;  // most keys of a panel
+constexpr int64_t kGradientRows = 96;  // most query rows of a block
+constexpr int64_t kStripRows = 16;     // of a strip: its scores and dP fit in the first-level cache
+constexpr int64_t kGradientKeys = 256;      // most keys of a panel
 constexpr int64_t kGradientFloats = 16384;  // most floats of a panel's operand: 64 KiB
 
 template <class Math>
@@ -35,7 +37,7 @@ struct GradientShape {
         panel(round_up(larger(1, divide_up(inputs.keys, panels)), kLanes)),
         score_row(panel + kLanes),
         blocks_per_head(divide_up(inputs.queries, kGradientRows)),
-        rows(round_up(divide_up(inputs.queries, larger(1, blocks_per_head)), Math::kGroup)) {}
+        rows(round_up(divide_up(inputs.queries, larger(1, blocks_per_head)), kStripRows)) {}
 
   static int64_t panel_limit(int64_t columns) {
     return smaller(kGradientKeys, larger(64, kGradientFloats / columns));
@@ -79,33 +81,26 @@ class Carver {
   size_t bytes_ = 0;
 };
 
-// Pairs of two rows' bf16: the first row's in the low halves.
-PATCHGEN_FAST_INLINE Vec interleave_as_bf16(Vec first, Vec second) {
-#if defined(__AVX512BF16__)
-  const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-  const VecInt lane = iota();
-  return bit_cast<Vec>(_mm512_permutexvar_epi16((__m512i)(lane | ((lane + 16) << 16)), halves));
-#else
-  (void)second;
-  return first;
-#endif
-}
-
 template <class Math, class Element>
 class ScoreGradient {
  public:
-  ScoreGradient(const AttentionBackward& problem, const GradientShape<Math>& shape, Carver& carver)
-      : problem_(problem), shape_(shape) {
+  // `in_pairs`: as pairs of rows where Math has them.
+  ScoreGradient(const AttentionBackward& problem, const GradientShape<Math>& shape, Carver& carver,
+                bool in_pairs)
+      : problem_(problem), shape_(shape), in_pairs_(Math::kGroup == 2 && in_pairs) {
     keys_ = carver.floats(shape.panel * shape.steps);
     values_ = carver.floats(shape.panel * shape.steps);
-    rows_ = carver.floats(shape.rows * shape.query_row);
-    weights = carver.floats(shape.rows * shape.score_row);
-    scores = carver.floats(shape.rows * shape.score_row);
-    // An even number of rows, so that the last pair may have but one.
-    score_rows_ =
-        carver.floats(Math::kGroup == 1 ? 0 : round_up(shape.rows, 2) * score_row_stride());
-    sums_ = carver.floats(shape.rows);
-    deltas_ = carver.floats(shape.rows);
+    rows_ = carver.floats(kStripRows * shape.query_row);
+    weights = carver.floats(shape.rows * shape.score_row / (in_pairs_ ? 2 : 1));
+    scores = carver.floats(shape.rows * shape.score_row / (in_pairs_ ? 2 : 1));
+    if (shape.panels > 1) {
+      deltas_of_rows_ = carver.floats(problem.heads / problem.kv_heads * problem.queries);
+    }
+    if (in_pairs_) {
+      strip_weights_ = carver.floats(kStripRows * shape.score_row);
+      strip_scores_ = carver.floats(kStripRows * shape.score_row);
+      score_rows_ = carver.floats(shape.rows * score_row_stride());
+    }
   }
 
   void pack(const HeadView& view, const KeyPanel& panel) {
@@ -117,37 +112,54 @@ class ScoreGradient {
                     panel.keys, problem_.dim, values_);
   }
 
-  // Adds a panel's sums of P and of P * dP to the rows' statistics.
-  void measure(const HeadView& view, const QueryRows& rows, const KeyPanel& panel) {
-    weigh(view, rows, panel);
-    float* sums = statistics(view, rows);
-    float* deltas = sums + statistics_stride();
-    for (int64_t r = 0; r < rows.rows; ++r) {
-      sums[r] += sums_[r];
-      deltas[r] += deltas_[r];
+  // Sums dO * O of all rows of a head, for where several panels share the sum.
+  void sum_outputs(const HeadView& view, int64_t head) {
+    constexpr int64_t kRowsAhead = 12;
+    float* deltas = deltas_of(view, head);
+    for (int64_t query = 0; query < problem_.queries; ++query) {
+      const int64_t soon = smaller(query + kRowsAhead, problem_.queries - 1);
+      bring_row(view.element<Element>(problem_.out, head, soon), problem_.dim * sizeof(Element));
+      bring_row(view.element<Element>(problem_.grad_out, head, soon),
+                problem_.dim * sizeof(Element));
+      const Element* out = view.element<Element>(problem_.out, head, query);
+      const Element* grad = view.element<Element>(problem_.grad_out, head, query);
+      Vec sum{};
+      for (int64_t d = 0; d < problem_.dim; d += kLanes) {
+        const int64_t count = problem_.dim - d;
+        sum = fma(load_up_to(out + d, count), load_up_to(grad + d, count), sum);
+      }
+      deltas[query] = sum_lanes(sum);
     }
   }
 
-  // Fills weights and scores with P and dS; as pairs of rows where Math has them and `in_pairs`.
-  void compute(const HeadView& view, const QueryRows& rows, const KeyPanel& panel, bool in_pairs) {
-    weigh(view, rows, panel);
-    settle(view, rows);
+  // Adds a panel's sums of P and of P * dP to the rows' statistics.
+  void measure(const HeadView& view, const QueryRows& rows, const KeyPanel& panel) {
+    float* sums = statistics(view, rows);
+    float* deltas = sums + statistics_stride();
+    for (int64_t first = 0; first < rows.rows; first += kStripRows) {
+      const Strip strip = strip_at(rows, first);
+      weigh(view, strip, panel);
+      for (int64_t r = 0; r < strip.rows; ++r) {
+        sums[first + r] += sums_[r];
+        deltas[first + r] += deltas_[r];
+      }
+    }
+  }
+
+  // Fills weights and scores with P and dS.
+  void compute(const HeadView& view, const QueryRows& rows, const KeyPanel& panel) {
     const int64_t vectors = divide_up(view.visible(rows, panel), kLanes);
-    if (Math::kGroup == 2 && in_pairs) {
-      for (int64_t r = 0; r < rows.rows; r += 2) {
-        differentiate_pair(r, r + 1 < rows.rows, vectors);
-      }
-    } else {
-      for (int64_t r = 0; r < rows.rows; ++r) {
-        differentiate_row(r, vectors);
-      }
+    for (int64_t first = 0; first < rows.rows; first += kStripRows) {
+      const Strip strip = strip_at(rows, first);
+      weigh(view, strip, panel);
+      settle(view, strip);
+      differentiate(strip, divide_up(view.visible(strip, panel), kLanes), vectors);
     }
   }
 
   // dS with keys as steps.
   Units by_row() const {
-    return Math::kGroup == 1 ? Units{scores, shape_.score_row}
-                             : Units{score_rows_, score_row_stride()};
+    return in_pairs_ ? Units{score_rows_, score_row_stride()} : Units{scores, shape_.score_row};
   }
 
   // P or dS with query rows as steps, one output row a key.
@@ -157,7 +169,29 @@ class ScoreGradient {
   Prefetch ahead;  // brought in during the products
 
  private:
-  int64_t score_row_stride() const { return shape_.panel / 2 + kLanes; }
+  // Some rows of a block while their scores lie in the first-level cache as floats.
+  struct Strip : QueryRows {
+    int64_t first;  // its first row, counted from the block's
+    float *weights, *scores;
+  };
+
+  Strip strip_at(const QueryRows& rows, int64_t first) const {
+    Strip strip;
+    strip.head = rows.head;
+    strip.query = rows.query + first;
+    strip.rows = smaller(kStripRows, rows.rows - first);
+    strip.first = first;
+    strip.weights = in_pairs_ ? strip_weights_ : weights + first * shape_.score_row;
+    strip.scores = in_pairs_ ? strip_scores_ : scores + first * shape_.score_row;
+    return strip;
+  }
+
+  int64_t score_row_stride() const { return round_up(shape_.panel / 2, kLanes) + kLanes; }
+
+  float* deltas_of(const HeadView& view, int64_t head) const {
+    const int64_t group = problem_.heads / problem_.kv_heads;
+    return deltas_of_rows_ + (head - view.kv_head * group) * problem_.queries;
+  }
 
   int64_t statistics_stride() const { return problem_.batch * problem_.heads * problem_.queries; }
 
@@ -171,18 +205,18 @@ class ScoreGradient {
   }
 
   // weights = exp(scores - lse), scores = dP, and both sums of each row.
-  void weigh(const HeadView& view, const QueryRows& rows, const KeyPanel& panel) {
-    const int64_t vectors = divide_up(view.visible(rows, panel), kLanes);
-    product(view, problem_.query, rows, panel, view.sign, keys_, weights);
-    view.mask(rows, panel, weights, shape_.score_row);
-    product(view, problem_.grad_out, rows, panel, 1.0f, values_, scores);
-    const float* lse = problem_.lse + lse_row(view, rows);
+  void weigh(const HeadView& view, const Strip& strip, const KeyPanel& panel) {
+    const int64_t vectors = divide_up(view.visible(strip, panel), kLanes);
+    product(view, problem_.query, strip, panel, view.sign, keys_, strip.weights);
+    view.mask(strip, panel, strip.weights, shape_.score_row);
+    product(view, problem_.grad_out, strip, panel, 1.0f, values_, strip.scores);
+    const float* lse = problem_.lse + lse_row(view, strip);
     int64_t r = 0;
-    for (; r + kRowsAtOnce <= rows.rows; r += kRowsAtOnce) {
-      weigh_rows<kRowsAtOnce>(r, lse + r, view.to_natural, vectors);
+    for (; r + kRowsAtOnce <= strip.rows; r += kRowsAtOnce) {
+      weigh_rows<kRowsAtOnce>(strip, r, lse + r, view.to_natural, vectors);
     }
-    for (; r < rows.rows; ++r) {
-      weigh_rows<1>(r, lse + r, view.to_natural, vectors);
+    for (; r < strip.rows; ++r) {
+      weigh_rows<1>(strip, r, lse + r, view.to_natural, vectors);
     }
   }
 
@@ -210,9 +244,10 @@ class ScoreGradient {
   // The logarithm of a large weight among many keys is the difference of two numbers near lse: the
   // rounding of their size shows where few rows make a gradient, and costs nothing to mend there.
   template <int kRows>
-  void weigh_rows(int64_t row, const float* lse, float to_natural, int64_t vectors) {
-    float* weight = weights + row * shape_.score_row;
-    const float* gradient = scores + row * shape_.score_row;
+  void weigh_rows(const Strip& strip, int64_t row, const float* lse, float to_natural,
+                  int64_t vectors) {
+    float* weight = strip.weights + row * shape_.score_row;
+    const float* gradient = strip.scores + row * shape_.score_row;
     Vec shift[kRows], sum[kRows] = {}, delta[kRows] = {};
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -255,24 +290,13 @@ class ScoreGradient {
         const bool measured = problem_.statistics != nullptr;
         const float* kept = measured ? statistics(view, rows) + r : nullptr;
         sum = measured ? kept[0] : 1.0f;
-        delta = measured ? kept[statistics_stride()] : delta_of(view, rows, r);
+        delta = measured ? kept[statistics_stride()] : deltas_of(view, rows.head)[rows.query + r];
       }
       const bool empty = problem_.lse[first + r] == kMinusInfinity;
       const float grad_lse = problem_.grad_lse == nullptr ? 0.0f : problem_.grad_lse[first + r];
       sums_[r] = empty ? 0.0f : 1.0f / sum;
       deltas_[r] = empty ? 0.0f : delta / sum - grad_lse;
     }
-  }
-
-  float delta_of(const HeadView& view, const QueryRows& rows, int64_t r) const {
-    const Element* out = view.element<Element>(problem_.out, rows.head, rows.query + r);
-    const Element* grad = view.element<Element>(problem_.grad_out, rows.head, rows.query + r);
-    Vec sum{};
-    for (int64_t d = 0; d < problem_.dim; d += kLanes) {
-      const int64_t count = problem_.dim - d;
-      sum = fma(load_up_to(out + d, count), load_up_to(grad + d, count), sum);
-    }
-    return sum_lanes(sum);
   }
 
   struct Gradient {
@@ -285,42 +309,85 @@ class ScoreGradient {
     return {p, p * (load(gradient) - broadcast(delta))};
   }
 
-  void differentiate_row(int64_t row, int64_t vectors) {
+  // P and dS from the strip's `vectors` that some row sees; 0 in those that only other strips see.
+  void differentiate(const Strip& strip, int64_t vectors, int64_t all_vectors) {
+    if constexpr (Math::kGroup == 2) {
+      if (in_pairs_) {
+        for (int64_t r = 0; r < strip.rows; r += 2) {
+          differentiate_pair(strip, r, vectors, all_vectors);
+        }
+        return;
+      }
+    }
+    for (int64_t r = 0; r < strip.rows; ++r) {
+      differentiate_row(strip, r, vectors, all_vectors);
+    }
+  }
+
+  void differentiate_row(const Strip& strip, int64_t row, int64_t vectors, int64_t all_vectors) {
     const float inverse = sums_[row], delta = deltas_[row];
-    float* weight = weights + row * shape_.score_row;
-    float* score = scores + row * shape_.score_row;
+    float* weight = strip.weights + row * shape_.score_row;
+    float* score = strip.scores + row * shape_.score_row;
     for (int64_t at = 0; at < vectors * kLanes; at += kLanes) {
       const Gradient g = differentiate(weight + at, score + at, inverse, delta);
       store(weight + at, g.weight);
       store(score + at, g.score);
     }
+    clear(weight, vectors, all_vectors);
+    clear(score, vectors, all_vectors);
   }
 
-  // Rows r and r + 1 (0 if there is none) into row r / 2 of pairs, and dS into score_rows_. What is
-  // written lies at or before what has been read.
-  void differentiate_pair(int64_t row, bool two, int64_t vectors) {
+  PATCHGEN_FAST_INLINE void clear(float* row, int64_t first_vector, int64_t last_vector) {
+    for (int64_t v = first_vector; v < last_vector; ++v) {
+      store(row + v * kLanes, Vec{});
+    }
+  }
+
+  // Rows r and r + 1 (0 if there is none) into one row of pairs, and dS into score_rows_, two
+  // vectors at a time.
+  void differentiate_pair(const Strip& strip, int64_t row, int64_t vectors, int64_t all_vectors) {
+    const bool two = row + 1 < strip.rows;
     const float inverse[] = {sums_[row], two ? sums_[row + 1] : 0.0f};
     const float delta[] = {deltas_[row], two ? deltas_[row + 1] : 0.0f};
-    const float* weight = weights + row * shape_.score_row;
-    const float* score = scores + row * shape_.score_row;
-    const int64_t next = two ? shape_.score_row : 0;
-    float* pair_weights = weights + row / 2 * shape_.score_row;
-    float* pair_scores = scores + row / 2 * shape_.score_row;
-    auto* upper = reinterpret_cast<unsigned char*>(score_rows_ + row * score_row_stride());
-    auto* lower = upper + score_row_stride() * 4;
-    for (int64_t at = 0; at < vectors * kLanes; at += kLanes) {
-      const Gradient a = differentiate(weight + at, score + at, inverse[0], delta[0]);
-      const Gradient b = differentiate(weight + next + at, score + next + at, inverse[1], delta[1]);
-      store(pair_weights + at, interleave_as_bf16(a.weight, b.weight));
-      store(pair_scores + at, interleave_as_bf16(a.score, b.score));
-      store_bits(upper + at * 2, to_bf16(a.score));
-      store_bits(lower + at * 2, to_bf16(b.score));
+    float *weight[2], *score[2], *by_row[2];
+    const int64_t block_row = strip.first + row;
+    for (int r = 0; r < 2; ++r) {
+      const int64_t from = row + (two ? r : 0);
+      weight[r] = strip.weights + from * shape_.score_row;
+      score[r] = strip.scores + from * shape_.score_row;
+      by_row[r] = score_rows_ + (block_row + r) * score_row_stride();
+      clear(weight[r], vectors, round_up(vectors, 2));
+      clear(score[r], vectors, round_up(vectors, 2));
+    }
+    float* pair_weights = weights + block_row / 2 * shape_.score_row;
+    float* pair_scores = scores + block_row / 2 * shape_.score_row;
+    for (int64_t at = 0; at < vectors * kLanes; at += 2 * kLanes) {
+      Vec p[2], ds[2];
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r) {
+        const Gradient low = differentiate(weight[r] + at, score[r] + at, inverse[r], delta[r]);
+        const Gradient high =
+            differentiate(weight[r] + at + kLanes, score[r] + at + kLanes, inverse[r], delta[r]);
+        p[r] = to_bf16(low.weight, high.weight);
+        ds[r] = to_bf16(low.score, high.score);
+        store(by_row[r] + at / 2, ds[r]);
+      }
+      store_pairs(pair_weights + at, interleave(p[0], p[1]));
+      store_pairs(pair_scores + at, interleave(ds[0], ds[1]));
+    }
+    clear(pair_weights, vectors, all_vectors);
+    clear(pair_scores, vectors, all_vectors);
+    for (float* to : by_row) {
+      clear(to, divide_up(vectors, 2), divide_up(all_vectors, 2));
     }
   }
 
   const AttentionBackward& problem_;
   const GradientShape<Math>& shape_;
-  float *keys_, *values_, *rows_, *score_rows_, *sums_, *deltas_;
+  const bool in_pairs_;
+  float *keys_, *values_, *rows_, *deltas_of_rows_ = nullptr;
+  float *strip_weights_ = nullptr, *strip_scores_ = nullptr, *score_rows_ = nullptr;
+  float sums_[kStripRows], deltas_[kStripRows];
 };
 
 }  // namespace

@@ -17,7 +17,7 @@ class MaskGradientTask {
   MaskGradientTask(const AttentionBackward& problem, int64_t task, Carver& carver)
       : problem_(problem),
         shape_(problem),
-        gradient_(problem, shape_, carver),
+        gradient_(problem, shape_, carver, false),
         one_row_(problem.mask_queries == 1),
         blocks_(one_row_ ? 1 : shape_.blocks_per_head),
         block_(task % blocks_),
@@ -89,7 +89,7 @@ class MaskGradientTask {
     for (int64_t block = begin; block < end; ++block) {
       const QueryRows rows = shape_.block(head, block, problem_.queries);
       const int64_t keys = round_up(view.visible(rows, panel), kLanes);
-      gradient_.compute(view, rows, panel, false);
+      gradient_.compute(view, rows, panel);
       const int64_t together = one_row_ ? rows.rows : 1;
       for (int64_t r = 0; r < rows.rows; r += together) {
         float* sums = sums_ + (one_row_ ? 0 : r) * shape_.score_row;
