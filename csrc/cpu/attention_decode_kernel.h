@@ -340,7 +340,7 @@ class DecodeTask {
     float before[AttentionDecode::kMostRows + kLanes],
         sums[AttentionDecode::kMostRows + kLanes] = {};
     __builtin_memcpy(before, state.maxima, sizeof(float) * shape_.padded_rows);
-    softmax_block<FloatMath>(scores_, kTile, shape_.rows, divide_up(panel.keys, kLanes),
+    softmax_block<FloatMath>({scores_, kTile, divide_up(panel.keys, kLanes)}, shape_.rows,
                              view_.to_natural * kLog2e, state.maxima, sums);
     float decays[AttentionDecode::kMostRows + kLanes];
     for (int64_t r = 0; r < shape_.rows; r += kLanes) {

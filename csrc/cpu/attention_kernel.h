@@ -65,6 +65,7 @@ struct ForwardWorkspace {
     values = take(divide_up(shape.panel, Math::kGroup) * shape.columns);
     queries = take(kBlockRows * shape.query_row);
     scores = take(kBlockRows * shape.score_row);
+    lane_maxima = take(kBlockRows * kLanes);
     product = take(kBlockRows * shape.columns);
     maxima = take(larger(1, states) * kStatRows);
     sums = take(larger(1, states) * kStatRows);
@@ -77,7 +78,7 @@ struct ForwardWorkspace {
     return here;
   }
 
-  float *keys, *values, *queries, *scores, *product, *maxima, *sums, *state;
+  float *keys, *values, *queries, *scores, *lane_maxima, *product, *maxima, *sums, *state;
   size_t bytes = 0;
 
  private:
@@ -178,19 +179,16 @@ class ForwardTask {
     } else if (keys == 0) {
       return;
     }
-    const int64_t vectors = divide_up(keys, kLanes);
-    score(block, panel, keys);
+    const Scores scores = score(block, panel, keys);
     const float factor = view_.to_natural * kLog2e;
     if (shape_.panels == 1) {
-      softmax_block<Math>(work_.scores, shape_.score_row, block.rows, vectors, factor, block.maxima,
-                          block.sums);
+      softmax_block<Math>(scores, block.rows, factor, block.maxima, block.sums);
       weigh(block, keys);
       finish(block, work_.product);
     } else {
       float old_maxima[kStatRows], new_sums[kStatRows] = {};
       __builtin_memcpy(old_maxima, block.maxima, sizeof(old_maxima));
-      softmax_block<Math>(work_.scores, shape_.score_row, block.rows, vectors, factor, block.maxima,
-                          new_sums);
+      softmax_block<Math>(scores, block.rows, factor, block.maxima, new_sums);
       weigh(block, keys);
       join(block, factor, old_maxima, new_sums);
     }
@@ -206,14 +204,19 @@ class ForwardTask {
     }
   }
 
-  // scores = sign(scale) * Q K^T, masked
-  void score(const Block& block, const KeyPanel& panel, int64_t keys) {
+  // sign(scale) * Q K^T, masked
+  Scores score(const Block& block, const KeyPanel& panel, int64_t keys) {
     const Units queries = rows_as_units<Math>(
         view_.element<Element>(problem_.query, block.head, block.query), problem_.query.token,
         block.rows, problem_.dim, view_.sign, work_.queries, shape_.query_row);
-    multiply_keys<Math>(queries, block.rows, work_.keys, panel.keys, keys, shape_.steps,
-                        work_.scores, shape_.score_row);
+    for (int64_t r = 0; r < block.rows; ++r) {
+      store(work_.lane_maxima + r * kLanes, broadcast(kMinusInfinity));
+    }
+    const int64_t raised = multiply_keys<Math>(queries, block.rows, work_.keys, panel.keys, keys,
+                                               shape_.steps, work_.scores, shape_.score_row,
+                                               view_.seen_by_all(block, panel), work_.lane_maxima);
     view_.mask(block, panel, work_.scores, shape_.score_row);
+    return {work_.scores, shape_.score_row, divide_up(keys, kLanes), work_.lane_maxima, raised};
   }
 
   // product = P V

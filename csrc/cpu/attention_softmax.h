@@ -96,19 +96,32 @@ PATCHGEN_FAST_INLINE void store_probabilities(float* row, int64_t j, const Vec* 
   }
 }
 
+// Scores of some rows, `row` floats apart. The maxima of the first `raised` vectors are known
+// already, lane by lane.
+struct Scores {
+  float* data;
+  int64_t row, vectors;
+  const float* lane_maxima = nullptr;  // kLanes of each row
+  int64_t raised = 0;
+
+  Scores at(int64_t r) const {
+    return {data + r * row, row, vectors, raised > 0 ? lane_maxima + r * kLanes : nullptr, raised};
+  }
+};
+
 // The largest scores of kRows rows, joined with what `maxima` holds.
 template <int kRows>
-PATCHGEN_FAST_INLINE void raise_maxima(const float* scores, int64_t score_row, int64_t vectors,
-                                       float* maxima) {
+PATCHGEN_FAST_INLINE void raise_maxima(const Scores& scores, float* maxima) {
   Vec top[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    top[r] = broadcast(maxima[r]);
+    const Vec before = broadcast(maxima[r]);
+    top[r] = scores.raised > 0 ? max(load(scores.lane_maxima + r * kLanes), before) : before;
   }
-  for (int64_t v = 0; v < vectors; ++v) {
+  for (int64_t v = scores.raised; v < scores.vectors; ++v) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      top[r] = max(load(scores + r * score_row + v * kLanes), top[r]);
+      top[r] = max(load(scores.data + r * scores.row + v * kLanes), top[r]);
     }
   }
 #pragma GCC unroll 4
@@ -170,9 +183,10 @@ struct RowsToWeigh {
 
 // Updates maxima, and sets sums to those of these keys alone; any number of rows, one by one.
 template <class Math>
-void softmax_row(float* scores, int64_t vectors, float factor, float* maxima, float* sums) {
-  raise_maxima<1>(scores, 0, vectors, maxima);
-  RowsToWeigh<Math, 1> row(scores, 0, maxima, factor);
+void softmax_row(const Scores& scores, float factor, float* maxima, float* sums) {
+  const int64_t vectors = scores.vectors;
+  raise_maxima<1>(scores, maxima);
+  RowsToWeigh<Math, 1> row(scores.data, 0, maxima, factor);
   int64_t v = 0;
   for (; v + Math::kGroup <= vectors; v += Math::kGroup) {
     row.template weigh<Math::kGroup>(row.template exponents<Math::kGroup>(v), v);
@@ -186,16 +200,16 @@ void softmax_row(float* scores, int64_t vectors, float factor, float* maxima, fl
 // The same of a multiple of four rows. The steps of one vector wait for each other longer than the
 // processor looks ahead; so the next vectors are begun before these are ended, across rows too.
 template <class Math>
-void softmax_rows(float* scores, int64_t score_row, int64_t rows, int64_t vectors, float factor,
-                  float* maxima, float* sums) {
+void softmax_rows(const Scores& scores, int64_t rows, float factor, float* maxima, float* sums) {
   constexpr int kMaxima = 4, kRows = 2, kVectors = kRegisters == 32 ? 2 : 1;
-  raise_maxima<kMaxima>(scores, score_row, vectors, maxima);
-  RowsToWeigh<Math, kRows> here(scores, score_row, maxima, factor);
+  const int64_t vectors = scores.vectors;
+  raise_maxima<kMaxima>(scores, maxima);
+  RowsToWeigh<Math, kRows> here(scores.data, scores.row, maxima, factor);
   auto now = here.template exponents<kVectors>(0);
   for (int64_t r = 0; r < rows; r += kRows) {
     if (r % kMaxima == 0 && r + kMaxima < rows) {
       const int64_t next = r + kMaxima;
-      raise_maxima<kMaxima>(scores + next * score_row, score_row, vectors, maxima + next);
+      raise_maxima<kMaxima>(scores.at(next), maxima + next);
     }
     int64_t v = 0;
     for (; v + 2 * kVectors <= vectors; v += kVectors) {
@@ -204,8 +218,7 @@ void softmax_rows(float* scores, int64_t score_row, int64_t rows, int64_t vector
       now = next;
     }
     const int64_t after = smaller(r + kRows, rows - kRows);
-    const RowsToWeigh<Math, kRows> then(scores + after * score_row, score_row, maxima + after,
-                                        factor);
+    const RowsToWeigh<Math, kRows> then(scores.at(after).data, scores.row, maxima + after, factor);
     const auto next = then.template exponents<kVectors>(0);
     here.template weigh<kVectors>(now, v);
     for (v += kVectors; v < vectors; ++v) {
@@ -218,14 +231,13 @@ void softmax_rows(float* scores, int64_t score_row, int64_t rows, int64_t vector
 }
 
 template <class Math>
-void softmax_block(float* scores, int64_t score_row, int64_t rows, int64_t vectors, float factor,
-                   float* maxima, float* sums) {
-  int64_t r = vectors < 2 ? 0 : rows / 4 * 4;
+void softmax_block(const Scores& scores, int64_t rows, float factor, float* maxima, float* sums) {
+  int64_t r = scores.vectors < 2 ? 0 : rows / 4 * 4;
   if (r > 0) {
-    softmax_rows<Math>(scores, score_row, r, vectors, factor, maxima, sums);
+    softmax_rows<Math>(scores, r, factor, maxima, sums);
   }
   for (; r < rows; ++r) {
-    softmax_row<Math>(scores + r * score_row, vectors, factor, maxima + r, sums + r);
+    softmax_row<Math>(scores.at(r), factor, maxima + r, sums + r);
   }
 }
 

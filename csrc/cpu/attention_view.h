@@ -81,6 +81,11 @@ class HeadView {
     return visible(rows.query + rows.rows - 1, panel);
   }
 
+  // How many of the panel's first keys all rows see, and without a mask.
+  int64_t seen_by_all(const QueryRows& rows, const KeyPanel& panel) const {
+    return inputs_.mask.data == nullptr ? visible(rows.query, panel) : 0;
+  }
+
   // Applies masks, length and causality to sign * Q K^T. Times `to_natural`, the result is the
   // scores; with an additive mask it is the scores themselves.
   void mask(const QueryRows& rows, const KeyPanel& panel, float* scores, int64_t score_row) const {

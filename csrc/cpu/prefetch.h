@@ -49,11 +49,6 @@ class LineWalk {
   int64_t offset_, last_, to_next_row_;
 };
 
-// In place of a walk where nothing is to be brought in.
-struct NoWalk {
-  PATCHGEN_FAST_INLINE_MEMBER void bring_next() {}
-};
-
 // Rows to bring in, a few lines with each product.
 class Prefetch {
  public:

@@ -108,9 +108,40 @@ constexpr bool may_narrow(int vectors) {
   return kLanes == 16 && (vectors > 1);
 }
 
-template <class Math, int kRows, int kVectors, bool kNarrowLast, bool kAdd, class Walk>
+// What a tile does beside its product. Nothing:
+struct Alone {
+  PATCHGEN_FAST_INLINE_MEMBER void step() {}
+  template <int kVectors>
+  PATCHGEN_FAST_INLINE_MEMBER void row(int, const Vec (&)[kVectors]) {}
+};
+
+// A line that is needed soon is brought in with each step.
+struct BringingLines : Alone {
+  explicit BringingLines(const LineWalk& walk) : walk(walk) {}
+  PATCHGEN_FAST_INLINE_MEMBER void step() { walk.bring_next(); }
+
+  LineWalk walk;
+};
+
+// The rows' maxima are raised to their sums, each row's lane by lane, while the adders idle.
+struct RaisingMaxima : Alone {
+  explicit RaisingMaxima(float* maxima) : maxima(maxima) {}
+  template <int kVectors>
+  PATCHGEN_FAST_INLINE_MEMBER void row(int r, const Vec (&sums)[kVectors]) {
+    Vec top = load(maxima + r * kLanes);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      top = max(sums[v], top);
+    }
+    store(maxima + r * kLanes, top);
+  }
+
+  float* maxima;
+};
+
+template <class Math, int kRows, int kVectors, bool kNarrowLast, bool kAdd, class Beside>
 void tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
-          int64_t steps, float* c, int64_t c_row, Walk ahead) {
+          int64_t steps, float* c, int64_t c_row, Beside beside) {
   constexpr int kWhole = kVectors - (kNarrowLast ? 1 : 0);
   Vec acc[kRows][kWhole] = {};
   NarrowVec last[kRows] = {};
@@ -137,14 +168,16 @@ void tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t
     }
     a += a_step;
     b += b_step;
-    ahead.bring_next();
+    beside.step();
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kWhole; ++v) {
-      store(c + v * kLanes, kAdd ? acc[r][v] + load(c + v * kLanes) : acc[r][v]);
+      acc[r][v] = kAdd ? acc[r][v] + load(c + v * kLanes) : acc[r][v];
+      store(c + v * kLanes, acc[r][v]);
     }
+    beside.row(r, acc[r]);
     if constexpr (kNarrowLast) {
       float* to = c + kWhole * kLanes;
       store(to, widen(kAdd ? last[r] + load_bits<NarrowVec>(to) : last[r]));
@@ -153,68 +186,83 @@ void tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t
   }
 }
 
-template <class Walk>
+template <class Beside>
 using Tile = void (*)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*,
-                      int64_t, Walk);
+                      int64_t, Beside);
 
-template <class Walk, int kRows>
+template <class Beside, int kRows>
 struct Tiles {
-  Tile<Walk> of_rows[kRows];  // of 1, 2, ... rows
+  Tile<Beside> of_rows[kRows];  // of 1, 2, ... rows
 };
 
-template <class Walk, class Math, int kVectors, bool kNarrowLast, bool kAdd, int... R>
+template <class Beside, class Math, int kVectors, bool kNarrowLast, bool kAdd, int... R>
 constexpr auto all_tiles(std::integer_sequence<int, R...>) {
-  return Tiles<Walk, sizeof...(R)>{{tile<Math, R + 1, kVectors, kNarrowLast, kAdd, Walk>...}};
+  return Tiles<Beside, sizeof...(R)>{{tile<Math, R + 1, kVectors, kNarrowLast, kAdd, Beside>...}};
 }
 
-template <class Walk, class Math, int kVectors, bool kNarrowLast>
-PATCHGEN_FAST_INLINE Tile<Walk> tile_of(int64_t rows, bool add) {
+template <class Beside, class Math, int kVectors, bool kNarrowLast>
+PATCHGEN_FAST_INLINE Tile<Beside> tile_of(int64_t rows, bool add) {
   constexpr int kRows = max_rows(kVectors);
   using Rows = std::make_integer_sequence<int, kRows>;
-  static constexpr auto storing = all_tiles<Walk, Math, kVectors, kNarrowLast, false>(Rows{});
-  static constexpr auto adding = all_tiles<Walk, Math, kVectors, kNarrowLast, true>(Rows{});
+  static constexpr auto storing = all_tiles<Beside, Math, kVectors, kNarrowLast, false>(Rows{});
+  static constexpr auto adding = all_tiles<Beside, Math, kVectors, kNarrowLast, true>(Rows{});
   return (add ? adding : storing).of_rows[smaller(rows, kRows) - 1];
 }
 
-// Any number of rows, up to kMaxVectors vectors. With `add`, the product is added to c. Meanwhile
-// `ahead` brings in what comes after; walking costs a twentieth of a short product, so tiles that
-// have nothing to bring in do without. Inline, because between short tiles a call shows.
+// What is done beside a whole product, if anything.
+struct Company {
+  Prefetch* ahead = nullptr;  // what comes after is brought in
+  float* maxima = nullptr;    // kLanes of each row of c, raised to its sums
+};
+
+// Any number of rows, up to kMaxVectors vectors. With `add`, the product is added to c. Bringing in
+// lines costs a twentieth of a short product, so tiles that have none to bring in do without.
+// Inline, because between short tiles a call shows.
 template <class Math, int kVectors = 1, bool kNarrowLast = false>
 PATCHGEN_FAST_INLINE void multiply(Units a, int64_t rows, Vectors b, int64_t steps, float* c,
-                                   int64_t c_row, bool add = false, Prefetch* ahead = nullptr) {
+                                   int64_t c_row, bool add = false, Company company = {}) {
   if constexpr (kVectors < kMaxVectors && !kNarrowLast) {
     if (b.count > kVectors) {
-      return multiply<Math, kVectors + 1>(a, rows, b, steps, c, c_row, add, ahead);
+      return multiply<Math, kVectors + 1>(a, rows, b, steps, c, c_row, add, company);
     }
   }
   if constexpr (may_narrow(kVectors) && !kNarrowLast) {
     if (b.narrow_last) {
-      return multiply<Math, kVectors, true>(a, rows, b, steps, c, c_row, add, ahead);
+      return multiply<Math, kVectors, true>(a, rows, b, steps, c, c_row, add, company);
     }
   }
   for (int64_t r = 0; r < rows; r += max_rows(kVectors)) {
     const Units a_rows = a.at(r, 0);
-    float* c_rows = c + r * c_row;
+    const auto run = [&](auto beside) {
+      using Beside = decltype(beside);
+      tile_of<Beside, Math, kVectors, kNarrowLast>(rows - r, add)(
+          a_rows.data, a.row, a.step, b.data, b.step, steps, c + r * c_row, c_row, beside);
+    };
     if constexpr (!kNarrowLast) {
-      if (ahead != nullptr && ahead->any()) {
-        tile_of<LineWalk, Math, kVectors, false>(rows - r, add)(
-            a_rows.data, a.row, a.step, b.data, b.step, steps, c_rows, c_row, ahead->take(steps));
+      if (company.ahead != nullptr && company.ahead->any()) {
+        run(BringingLines(company.ahead->take(steps)));
+        continue;
+      }
+      if (company.maxima != nullptr) {
+        run(RaisingMaxima(company.maxima + r * kLanes));
         continue;
       }
     }
-    tile_of<NoWalk, Math, kVectors, kNarrowLast>(rows - r, add)(
-        a_rows.data, a.row, a.step, b.data, b.step, steps, c_rows, c_row, NoWalk{});
+    run(Alone{});
   }
 }
 
 // The same over a long contraction, whose running sum would gather rounding errors: floats in runs
 // of at most kRun steps, each summed on its own. Beside the rounding of bf16 they do not show.
 template <class Math>
-void multiply_in_runs(Units a, int64_t rows, Vectors b, int64_t steps, float* c, int64_t c_row) {
+void multiply_in_runs(Units a, int64_t rows, Vectors b, int64_t steps, float* c, int64_t c_row,
+                      float* maxima) {
   const int64_t longest = Math::kGroup > 1 ? steps : rows <= kFewRows ? kShortRun : kRun;
   const int64_t run = divide_up(steps, larger(1, divide_up(steps, longest)));
   for (int64_t step = 0; step < steps; step += run) {
-    multiply<Math>(a.at(0, step), rows, b.at(step), smaller(run, steps - step), c, c_row, step > 0);
+    const bool last = step + run >= steps;
+    multiply<Math>(a.at(0, step), rows, b.at(step), smaller(run, steps - step), c, c_row, step > 0,
+                   {nullptr, last ? maxima : nullptr});
   }
 }
 
@@ -226,27 +274,33 @@ void multiply_rows(Units a, int64_t rows, const float* b, int64_t columns, int64
   for (int64_t first = 0; first < vectors;) {
     const int64_t width = tile_vectors(vectors - first);
     multiply<Math>(a, rows, {b + first * kLanes, columns, width}, steps, c + first * kLanes,
-                   columns, add, ahead);
+                   columns, add, {ahead});
     first += width;
   }
 }
 
 // Lanes are keys: b holds `panel_keys` keys as `pack_keys` leaves them; the product with the first
-// `keys` of them, 0 up to whole vectors.
+// `keys` of them, 0 up to whole vectors. Tiles of keys below `seen` raise `maxima`, kLanes of each
+// row; returns how many vectors of keys these tiles are.
 template <class Math>
-void multiply_keys(Units a, int64_t rows, const float* b, int64_t panel_keys, int64_t keys,
-                   int64_t steps, float* c, int64_t c_row) {
+int64_t multiply_keys(Units a, int64_t rows, const float* b, int64_t panel_keys, int64_t keys,
+                      int64_t steps, float* c, int64_t c_row, int64_t seen = 0,
+                      float* maxima = nullptr) {
   const int64_t panel_vectors = divide_up(panel_keys, kLanes);
   const int64_t vectors = divide_up(keys, kLanes);
+  int64_t raised = 0;
   for (int64_t first = 0; first < vectors;) {
     const int64_t width = key_tile_vectors<Math>(panel_vectors - first);
     const int64_t count = smaller(width, vectors - first);
-    const bool narrow_last = keys <= (first + count) * kLanes - kLanes / 2;
+    const int64_t end = first + count;
+    const bool narrow_last = keys <= end * kLanes - kLanes / 2;
+    raised = end * kLanes <= seen ? end : raised;
     multiply_in_runs<Math>(a, rows, {b, width * kLanes, count, narrow_last}, steps,
-                           c + first * kLanes, c_row);
+                           c + first * kLanes, c_row, raised == end ? maxima : nullptr);
     b += width * kLanes * steps;
     first += width;
   }
+  return raised;
 }
 
 }  // namespace
