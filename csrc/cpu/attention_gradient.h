@@ -23,6 +23,7 @@ namespace patchgen_fast {
 namespace {
 
 constexpr int64_t kGradientRows = 96;  // most query rows of a block
+constexpr int64_t kRowsTogether = 8;   // of the tiles of Q K^T and dO V^T: blocks are multiples
 constexpr int64_t kStripRows = 16;     // of a strip: its scores and dP fit in the first-level cache
 constexpr int64_t kGradientKeys = 256;      // most keys of a panel
 constexpr int64_t kGradientFloats = 16384;  // most floats of a panel's operand: 64 KiB
@@ -37,7 +38,7 @@ struct GradientShape {
         panel(round_up(larger(1, divide_up(inputs.keys, panels)), kLanes)),
         score_row(panel + kLanes),
         blocks_per_head(divide_up(inputs.queries, kGradientRows)),
-        rows(round_up(divide_up(inputs.queries, larger(1, blocks_per_head)), kStripRows)) {}
+        rows(round_up(divide_up(inputs.queries, larger(1, blocks_per_head)), kRowsTogether)) {}
 
   static int64_t panel_limit(int64_t columns) {
     return smaller(kGradientKeys, larger(64, kGradientFloats / columns));
