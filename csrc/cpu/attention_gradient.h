@@ -11,76 +11,16 @@
 //
 // delta is a row's sum of P * dP. Where a panel holds all keys it is summed here, and P is divided
 // by its own sum, which takes off the rounding of lse. Over several panels delta is sum_d dO * O
-// instead (Dao 2023, FlashAttention-2, section 3.1) and lse is taken at its word, unless
-// `statistics` holds both sums, measured beforehand: for an additive mask, under which lse may be
-// so large that it has no digits left for the number of keys (a row of finfo.min), and for few
-// rows, where it is cheap.
+// instead (Dao 2023, FlashAttention-2, section 3.1) and lse is taken at its word, so that one pass
+// makes P and dS; unless `statistics` holds both sums, measured beforehand: for an additive mask,
+// under which lse may be so large that it has no digits left for the number of keys (a row of
+// finfo.min), and for few rows, where it is cheap.
 #pragma once
 
-#include "attention_view.h"
+#include "attention_gradient_shape.h"
 
 namespace patchgen_fast {
 namespace {
-
-constexpr int64_t kGradientRows = 96;  // most query rows of a block
-constexpr int64_t kRowsTogether = 8;   // of the tiles of Q K^T and dO V^T: blocks are multiples
-constexpr int64_t kStripRows = 16;     // of a strip: its scores and dP fit in the first-level cache
-constexpr int64_t kGradientKeys = 256;      // most keys of a panel
-constexpr int64_t kGradientFloats = 16384;  // most floats of a panel's operand: 64 KiB
-
-template <class Math>
-struct GradientShape {
-  explicit GradientShape(const AttentionInputs& inputs)
-      : steps(divide_up(inputs.dim, Math::kGroup)),
-        query_row(round_up(steps, kLanes)),
-        columns(round_up(inputs.dim, kLanes)),
-        panels(larger(1, divide_up(inputs.keys, panel_limit(columns)))),
-        panel(round_up(larger(1, divide_up(inputs.keys, panels)), kLanes)),
-        score_row(panel + kLanes),
-        blocks_per_head(divide_up(inputs.queries, kGradientRows)),
-        rows(round_up(divide_up(inputs.queries, larger(1, blocks_per_head)), kRowsTogether)) {}
-
-  static int64_t panel_limit(int64_t columns) {
-    return smaller(kGradientKeys, larger(64, kGradientFloats / columns));
-  }
-
-  // Whether the rows' sums are to be measured before the gradients are computed.
-  bool measured(const AttentionInputs& inputs) const {
-    const bool additive = inputs.mask.data != nullptr && inputs.mask.dtype != Dtype::boolean;
-    return panels > 1 && (additive || blocks_per_head == 1);
-  }
-
-  QueryRows block(int64_t head, int64_t index, int64_t queries) const {
-    return {head, index * rows, smaller(rows, queries - index * rows)};
-  }
-
-  int64_t steps;      // of the products over dim, in units
-  int64_t query_row;  // units of a packed row whose dims are steps
-  int64_t columns;    // units of a packed row whose dims are lanes
-  int64_t panels;
-  int64_t panel;  // keys of a panel
-  int64_t score_row;
-  int64_t blocks_per_head;
-  int64_t rows;  // of a block
-};
-
-// Hands out a task's scratch piece by piece; with a null base it only counts.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(static_cast<unsigned char*>(base)) {}
-
-  float* floats(int64_t count) {
-    unsigned char* here = base_ + bytes_;
-    bytes_ += static_cast<size_t>(round_up(count * 4, 64));
-    return reinterpret_cast<float*>(here);
-  }
-
-  size_t bytes() const { return bytes_; }
-
- private:
-  unsigned char* base_;
-  size_t bytes_ = 0;
-};
 
 template <class Math, class Element>
 class ScoreGradient {
@@ -138,8 +78,9 @@ class ScoreGradient {
     float* sums = statistics(view, rows);
     float* deltas = sums + statistics_stride();
     for (int64_t first = 0; first < rows.rows; first += kStripRows) {
-      const Strip strip = strip_at(rows, first);
-      weigh(view, strip, panel);
+      const Strip strip = strip_at(view, rows, first);
+      score(view, strip, panel);
+      weigh(strip, divide_up(view.visible(strip, panel), kLanes));
       for (int64_t r = 0; r < strip.rows; ++r) {
         sums[first + r] += sums_[r];
         deltas[first + r] += deltas_[r];
@@ -149,12 +90,20 @@ class ScoreGradient {
 
   // Fills weights and scores with P and dS.
   void compute(const HeadView& view, const QueryRows& rows, const KeyPanel& panel) {
-    const int64_t vectors = divide_up(view.visible(rows, panel), kLanes);
+    const int64_t all_vectors = divide_up(view.visible(rows, panel), kLanes);
+    const bool sums_known = shape_.panels > 1 && problem_.statistics == nullptr;
     for (int64_t first = 0; first < rows.rows; first += kStripRows) {
-      const Strip strip = strip_at(rows, first);
-      weigh(view, strip, panel);
-      settle(view, strip);
-      differentiate(strip, divide_up(view.visible(strip, panel), kLanes), vectors);
+      const Strip strip = strip_at(view, rows, first);
+      const int64_t vectors = divide_up(view.visible(strip, panel), kLanes);
+      score(view, strip, panel);
+      if (sums_known) {
+        settle(view, strip);
+        differentiate<true>(strip, vectors, all_vectors);
+      } else {
+        weigh(strip, vectors);
+        settle(view, strip);
+        differentiate<false>(strip, vectors, all_vectors);
+      }
     }
   }
 
@@ -174,9 +123,11 @@ class ScoreGradient {
   struct Strip : QueryRows {
     int64_t first;  // its first row, counted from the block's
     float *weights, *scores;
+    const float* lse;
+    float to_natural;
   };
 
-  Strip strip_at(const QueryRows& rows, int64_t first) const {
+  Strip strip_at(const HeadView& view, const QueryRows& rows, int64_t first) const {
     Strip strip;
     strip.head = rows.head;
     strip.query = rows.query + first;
@@ -184,6 +135,8 @@ class ScoreGradient {
     strip.first = first;
     strip.weights = in_pairs_ ? strip_weights_ : weights + first * shape_.score_row;
     strip.scores = in_pairs_ ? strip_scores_ : scores + first * shape_.score_row;
+    strip.lse = problem_.lse + lse_row(view, strip);
+    strip.to_natural = view.to_natural;
     return strip;
   }
 
@@ -205,20 +158,11 @@ class ScoreGradient {
     return problem_.lse_row(view.batch, rows.head, rows.query);
   }
 
-  // weights = exp(scores - lse), scores = dP, and both sums of each row.
-  void weigh(const HeadView& view, const Strip& strip, const KeyPanel& panel) {
-    const int64_t vectors = divide_up(view.visible(strip, panel), kLanes);
+  // weights = masked scores, scores = dP
+  void score(const HeadView& view, const Strip& strip, const KeyPanel& panel) {
     product(view, problem_.query, strip, panel, view.sign, keys_, strip.weights);
     view.mask(strip, panel, strip.weights, shape_.score_row);
     product(view, problem_.grad_out, strip, panel, 1.0f, values_, strip.scores);
-    const float* lse = problem_.lse + lse_row(view, strip);
-    int64_t r = 0;
-    for (; r + kRowsAtOnce <= strip.rows; r += kRowsAtOnce) {
-      weigh_rows<kRowsAtOnce>(strip, r, lse + r, view.to_natural, vectors);
-    }
-    for (; r < strip.rows; ++r) {
-      weigh_rows<1>(strip, r, lse + r, view.to_natural, vectors);
-    }
   }
 
   void product(const HeadView& view, const AttentionTensor& tensor, const QueryRows& rows,
@@ -230,7 +174,20 @@ class ScoreGradient {
                         shape_.steps, to, shape_.score_row);
   }
 
-  static constexpr int kRowsAtOnce = 4;
+  // weights = exp(weights - lse), and both sums of each row.
+  void weigh(const Strip& strip, int64_t vectors) {
+    constexpr int kRowsAtOnce = 4;
+    int64_t r = 0;
+    for (; r + kRowsAtOnce <= strip.rows; r += kRowsAtOnce) {
+      weigh_rows<kRowsAtOnce>(strip, r, vectors);
+    }
+    for (; r < strip.rows; ++r) {
+      weigh_rows<1>(strip, r, vectors);
+    }
+  }
+
+  // For -inf, of an empty row, stands +inf: every weight is 0.
+  static float shift_of(float lse) { return lse == kMinusInfinity ? kMinusInfinity : -lse; }
 
   // What rounding took from score * factor + shift. Two-sum (Knuth 1969); 0 where it is infinite.
   static PATCHGEN_FAST_INLINE_MEMBER Vec lost_to_rounding(Vec score, Vec factor, Vec shift,
@@ -245,24 +202,23 @@ class ScoreGradient {
   // The logarithm of a large weight among many keys is the difference of two numbers near lse: the
   // rounding of their size shows where few rows make a gradient, and costs nothing to mend there.
   template <int kRows>
-  void weigh_rows(const Strip& strip, int64_t row, const float* lse, float to_natural,
-                  int64_t vectors) {
+  void weigh_rows(const Strip& strip, int64_t row, int64_t vectors) {
     float* weight = strip.weights + row * shape_.score_row;
     const float* gradient = strip.scores + row * shape_.score_row;
+    const Vec to_natural = broadcast(strip.to_natural);
     Vec shift[kRows], sum[kRows] = {}, delta[kRows] = {};
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      // For -inf, of an empty row, stands +inf: every weight is 0.
-      shift[r] = broadcast(lse[r] == kMinusInfinity ? kMinusInfinity : -lse[r]);
+      shift[r] = broadcast(shift_of(strip.lse[row + r]));
     }
     for (int64_t v = 0; v < vectors; ++v, weight += kLanes, gradient += kLanes) {
       Vec p[kRows], lost{};
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        p[r] = fma(load(weight + r * shape_.score_row), broadcast(to_natural), shift[r]);
+        p[r] = fma(load(weight + r * shape_.score_row), to_natural, shift[r]);
       }
       if constexpr (kRows == 1) {
-        lost = lost_to_rounding(load(weight), broadcast(to_natural), shift[0], p[0]);
+        lost = lost_to_rounding(load(weight), to_natural, shift[0], p[0]);
       }
       exp2_scaled<Math::kExpDegree>(p, broadcast(kLog2e));
       if constexpr (kRows == 1) {
@@ -300,42 +256,95 @@ class ScoreGradient {
     }
   }
 
-  struct Gradient {
-    Vec weight, score;
+  // A row of a strip on its way to P and dS: from scores if kFromScores, else from weights.
+  template <bool kFromScores>
+  struct Row {
+    float *weight, *score;
+    Vec to_natural, shift, inverse, delta;
   };
 
-  PATCHGEN_FAST_INLINE Gradient differentiate(const float* weight, const float* gradient,
-                                              float inverse, float delta) {
-    const Vec p = load(weight) * broadcast(inverse);
-    return {p, p * (load(gradient) - broadcast(delta))};
+  // P and dS of kVectors from `at` on, row by row. Exponentials of all rows together, for one row's
+  // steps wait for each other.
+  template <bool kFromScores, int kRows, int kVectors>
+  static PATCHGEN_FAST_INLINE_MEMBER void differentiate_at(const Row<kFromScores> (&rows)[kRows],
+                                                           int64_t at, Vec (&p)[kRows * kVectors],
+                                                           Vec (&ds)[kRows * kVectors]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows * kVectors; ++i) {
+      const Row<kFromScores>& row = rows[i / kVectors];
+      const Vec x = load(row.weight + at + i % kVectors * kLanes);
+      p[i] = kFromScores ? fma(x, row.to_natural, row.shift) : x * row.inverse;
+    }
+    if constexpr (kFromScores) {
+      exp2_scaled<Math::kExpDegree>(p, broadcast(kLog2e));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows * kVectors; ++i) {
+      const Row<kFromScores>& row = rows[i / kVectors];
+      ds[i] = p[i] * (load(row.score + at + i % kVectors * kLanes) - row.delta);
+    }
+  }
+
+  template <bool kFromScores>
+  Row<kFromScores> row_of(const Strip& strip, int64_t row) const {
+    return {strip.weights + row * shape_.score_row,
+            strip.scores + row * shape_.score_row,
+            broadcast(strip.to_natural),
+            broadcast(shift_of(strip.lse[row])),
+            broadcast(sums_[row]),
+            broadcast(deltas_[row])};
+  }
+
+  // The same of an even number of vectors, the last of which may give 0; of the last row if there
+  // are fewer, then all of it 0.
+  template <bool kFromScores>
+  Row<kFromScores> paired_row_of(const Strip& strip, int64_t row, int64_t vectors) {
+    Row<kFromScores> found = row_of<kFromScores>(strip, smaller(row, strip.rows - 1));
+    if (row >= strip.rows) {
+      found.shift = broadcast(kMinusInfinity);
+      found.inverse = Vec{};
+    }
+    if (vectors % 2 != 0) {
+      store(found.weight + vectors * kLanes, broadcast(kFromScores ? kMinusInfinity : 0.0f));
+      store(found.score + vectors * kLanes, Vec{});
+    }
+    return found;
   }
 
   // P and dS from the strip's `vectors` that some row sees; 0 in those that only other strips see.
+  template <bool kFromScores>
   void differentiate(const Strip& strip, int64_t vectors, int64_t all_vectors) {
     if constexpr (Math::kGroup == 2) {
       if (in_pairs_) {
         for (int64_t r = 0; r < strip.rows; r += 2) {
-          differentiate_pair(strip, r, vectors, all_vectors);
+          differentiate_pair<kFromScores>(strip, r, vectors, all_vectors);
         }
         return;
       }
     }
     for (int64_t r = 0; r < strip.rows; ++r) {
-      differentiate_row(strip, r, vectors, all_vectors);
+      differentiate_row<kFromScores>({row_of<kFromScores>(strip, r)}, vectors, all_vectors);
     }
   }
 
-  void differentiate_row(const Strip& strip, int64_t row, int64_t vectors, int64_t all_vectors) {
-    const float inverse = sums_[row], delta = deltas_[row];
-    float* weight = strip.weights + row * shape_.score_row;
-    float* score = strip.scores + row * shape_.score_row;
-    for (int64_t at = 0; at < vectors * kLanes; at += kLanes) {
-      const Gradient g = differentiate(weight + at, score + at, inverse, delta);
-      store(weight + at, g.weight);
-      store(score + at, g.score);
+  template <bool kFromScores>
+  void differentiate_row(const Row<kFromScores> (&row)[1], int64_t vectors, int64_t all_vectors) {
+    constexpr int64_t kTwo = 2 * kLanes;
+    Vec p[2], ds[2];
+    int64_t at = 0;
+    for (; at + kTwo <= vectors * kLanes; at += kTwo) {
+      differentiate_at<kFromScores, 1, 2>(row, at, p, ds);
+      store_pairs(row[0].weight + at, {p[0], p[1]});
+      store_pairs(row[0].score + at, {ds[0], ds[1]});
     }
-    clear(weight, vectors, all_vectors);
-    clear(score, vectors, all_vectors);
+    if (at < vectors * kLanes) {
+      Vec last_p[1], last_ds[1];
+      differentiate_at<kFromScores, 1, 1>(row, at, last_p, last_ds);
+      store(row[0].weight + at, last_p[0]);
+      store(row[0].score + at, last_ds[0]);
+    }
+    clear(row[0].weight, vectors, all_vectors);
+    clear(row[0].score, vectors, all_vectors);
   }
 
   PATCHGEN_FAST_INLINE void clear(float* row, int64_t first_vector, int64_t last_vector) {
@@ -346,40 +355,28 @@ class ScoreGradient {
 
   // Rows r and r + 1 (0 if there is none) into one row of pairs, and dS into score_rows_, two
   // vectors at a time.
+  template <bool kFromScores>
   void differentiate_pair(const Strip& strip, int64_t row, int64_t vectors, int64_t all_vectors) {
-    const bool two = row + 1 < strip.rows;
-    const float inverse[] = {sums_[row], two ? sums_[row + 1] : 0.0f};
-    const float delta[] = {deltas_[row], two ? deltas_[row + 1] : 0.0f};
-    float *weight[2], *score[2], *by_row[2];
     const int64_t block_row = strip.first + row;
-    for (int r = 0; r < 2; ++r) {
-      const int64_t from = row + (two ? r : 0);
-      weight[r] = strip.weights + from * shape_.score_row;
-      score[r] = strip.scores + from * shape_.score_row;
-      by_row[r] = score_rows_ + (block_row + r) * score_row_stride();
-      clear(weight[r], vectors, round_up(vectors, 2));
-      clear(score[r], vectors, round_up(vectors, 2));
-    }
+    const Row<kFromScores> rows[] = {paired_row_of<kFromScores>(strip, row, vectors),
+                                     paired_row_of<kFromScores>(strip, row + 1, vectors)};
+    float* by_row = score_rows_ + block_row * score_row_stride();
     float* pair_weights = weights + block_row / 2 * shape_.score_row;
     float* pair_scores = scores + block_row / 2 * shape_.score_row;
     for (int64_t at = 0; at < vectors * kLanes; at += 2 * kLanes) {
-      Vec p[2], ds[2];
-#pragma GCC unroll 2
-      for (int r = 0; r < 2; ++r) {
-        const Gradient low = differentiate(weight[r] + at, score[r] + at, inverse[r], delta[r]);
-        const Gradient high =
-            differentiate(weight[r] + at + kLanes, score[r] + at + kLanes, inverse[r], delta[r]);
-        p[r] = to_bf16(low.weight, high.weight);
-        ds[r] = to_bf16(low.score, high.score);
-        store(by_row[r] + at / 2, ds[r]);
-      }
-      store_pairs(pair_weights + at, interleave(p[0], p[1]));
-      store_pairs(pair_scores + at, interleave(ds[0], ds[1]));
+      Vec p[4], ds[4];
+      differentiate_at<kFromScores, 2, 2>(rows, at, p, ds);
+      const Vec p_of[] = {to_bf16(p[0], p[1]), to_bf16(p[2], p[3])};
+      const Vec ds_of[] = {to_bf16(ds[0], ds[1]), to_bf16(ds[2], ds[3])};
+      store_pairs(pair_weights + at, interleave(p_of[0], p_of[1]));
+      store_pairs(pair_scores + at, interleave(ds_of[0], ds_of[1]));
+      store(by_row + at / 2, ds_of[0]);
+      store(by_row + score_row_stride() + at / 2, ds_of[1]);
     }
     clear(pair_weights, vectors, all_vectors);
     clear(pair_scores, vectors, all_vectors);
-    for (float* to : by_row) {
-      clear(to, divide_up(vectors, 2), divide_up(all_vectors, 2));
+    for (int r = 0; r < 2; ++r) {
+      clear(by_row + r * score_row_stride(), divide_up(vectors, 2), divide_up(all_vectors, 2));
     }
   }
 

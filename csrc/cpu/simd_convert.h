@@ -61,12 +61,17 @@ PATCHGEN_FAST_INLINE Half to_bf16(Vec v) {
 #endif
 }
 
-#if defined(__AVX512BF16__)
 // As one vector: `low` in its first half.
 PATCHGEN_FAST_INLINE Vec to_bf16(Vec low, Vec high) {
+#if defined(__AVX512BF16__)
   return bit_cast<Vec>(_mm512_cvtne2ps_pbh(high, low));
-}
+#else
+  const Half halves[] = {to_bf16(low), to_bf16(high)};
+  Vec joined;
+  __builtin_memcpy(&joined, halves, sizeof(joined));
+  return joined;
 #endif
+}
 
 PATCHGEN_FAST_INLINE Vec from_fp16(Half bits) {
 #if defined(__AVX512F__)
