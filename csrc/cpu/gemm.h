@@ -22,8 +22,9 @@ struct GemmPlan {
   int64_t panels_per_task;
   int64_t column_tasks;
   int64_t tasks;
-  bool limbs;           // W as bytes in limbs: patch_embed_limbs_kernel.h
-  bool rows_outermost;  // all of W stays in the L2 cache: finish a row before the next
+  bool limbs;            // W as bytes in limbs: patch_embed_limbs_kernel.h
+  bool transposed;       // rows are W's, columns A's: linear_transposed_kernel.h
+  int64_t rows_at_once;  // against every panel, before the next rows; 0 for all rows of a block
   int64_t pack_tasks;
   size_t packed_bytes;  // of W, and after it the bias as floats
   size_t pack_scratch_bytes;

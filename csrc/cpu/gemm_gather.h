@@ -21,6 +21,17 @@ struct RowsOf {
   }
 };
 
+// Whether rows `stride` apart can be multiplied where they lie: whole groups of the operand at
+// whole words, and not all rows of a tile in the same set of the L1 cache.
+template <class Element>
+PATCHGEN_FAST_INLINE bool multiplies_in_place(const void* rows, int64_t stride, int64_t depth) {
+  using Operand = typename OperandFor<Element>::type;
+  constexpr int64_t kAliasing = 4096 / static_cast<int64_t>(sizeof(Element));
+  return kMultipliedAsStored<Element> && depth % Operand::kGroup == 0 &&
+         stride % Operand::kGroup == 0 && stride % kAliasing != 0 &&
+         reinterpret_cast<uintptr_t>(rows) % sizeof(Word) == 0;
+}
+
 // One row of `depth` elements; where they do not fill the last group, the rest of it is 0.
 template <class Operand, class Element>
 PATCHGEN_FAST_INLINE void gather_row(Word* to, const Element* from, int64_t depth) {

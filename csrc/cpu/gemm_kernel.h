@@ -28,6 +28,14 @@ PATCHGEN_FAST_INLINE int64_t most_tiles(int64_t stride) {
   return rows / kTileRows;
 }
 
+// Threads among which a product of so many multiplications is shared, each getting at least
+// kLeastTask: about 3 us of a core, near what waking one costs. Reckoned, not measured.
+constexpr int64_t kLeastTask = 128 << 10;
+
+PATCHGEN_FAST_INLINE int64_t worthwhile_threads(int64_t multiplications, int64_t threads) {
+  return smaller(threads, larger(1, multiplications / kLeastTask));
+}
+
 struct Split {
   int64_t row_tasks;
   int64_t column_tasks;
@@ -90,7 +98,7 @@ static GemmPlan plan_gemm(int64_t rows, int64_t columns, int64_t depth, int64_t 
   plan.tasks = rows > 0 ? divide_up(rows, plan.rows_per_task) * plan.column_tasks : 0;
   const int64_t packed_words = (plan.groups + 1) * plan.panels * kPanelColumns;  // + 1: the bias
   plan.packed_bytes = static_cast<size_t>(packed_words) * sizeof(Word);
-  plan.rows_outermost = plan.packed_bytes <= static_cast<size_t>(kStayingBytes);
+  plan.rows_at_once = plan.packed_bytes <= static_cast<size_t>(kStayingBytes) ? kTileRows : 0;
   plan.scratch_bytes = static_cast<size_t>(plan.rows_per_task) *
                        (static_cast<size_t>(plan.stride) * sizeof(Word) + extra_bytes_per_row);
   return plan;
@@ -116,43 +124,60 @@ PATCHGEN_FAST_INLINE GemmTask gemm_task(const GemmPlan& plan, int64_t task) {
 template <class Operand, int Vecs, class Sink, int Rows = kTileRows>
 PATCHGEN_FAST_INLINE void multiply_rows(const GemmPlan& plan, const Word* a, int64_t row,
                                         int64_t rows, const Word* panel, int64_t column,
-                                        const Sink& sink) {
+                                        const Sink& sink, Ahead ahead) {
   for (; rows >= Rows; rows -= Rows, row += Rows) {
     gemm_tile<Operand, Rows, Vecs>(a + row * plan.stride, plan.stride, panel, plan.groups, sink,
-                                   row, column);
+                                   row, column, ahead);
+    ahead.at += plan.groups * ahead.step;
   }
   if constexpr (Rows > 1) {
     if (rows > 0) {
-      multiply_rows<Operand, Vecs, Sink, (Rows > 4 ? 4 : Rows / 2)>(plan, a, row, rows, panel,
-                                                                    column, sink);
+      multiply_rows<Operand, Vecs, Sink,
+                    (Rows > kTileRows ? kTileRows
+                     : Rows > 4       ? 4
+                                      : Rows / 2)>(plan, a, row, rows, panel, column, sink, ahead);
     }
   }
 }
 
 template <class Operand, class Sink>
 static void multiply_panel(const GemmPlan& plan, const Word* a, int64_t row, int64_t rows,
-                           const Word* packed, int64_t panel_index, const Sink& sink) {
+                           const Word* packed, int64_t panel_index, Ahead ahead, const Sink& sink) {
   const Word* panel = packed + panel_offset(plan, panel_index);
-  const int64_t column = panel_index * kPanelColumns;
+  const int64_t column = panel_column(plan, panel_index);
   switch (panel_vecs(plan, column)) {
     case 1:
-      return multiply_rows<Operand, 1>(plan, a, row, rows, panel, column, sink);
+      return multiply_rows<Operand, 1>(plan, a, row, rows, panel, column, sink, ahead);
     case 2:
-      return multiply_rows<Operand, 2>(plan, a, row, rows, panel, column, sink);
+      return multiply_rows<Operand, 2>(plan, a, row, rows, panel, column, sink, ahead);
     default:
-      return multiply_rows<Operand, kTileVecs>(plan, a, row, rows, panel, column, sink);
+      return multiply_rows<Operand, kTileVecs>(plan, a, row, rows, panel, column, sink, ahead);
   }
 }
 
-// The gathered block `a` of task `t` against its panels.
+// The block `a` of task `t` against its panels. Where all panels stay in L2, a few rows are
+// multiplied with every panel before the next, and these are brought in meanwhile, which matters if
+// they lie in memory; otherwise each panel brings in the next one, the last that with which the
+// next block begins.
 template <class Operand, class Sink>
 static void multiply_block(const GemmPlan& plan, const GemmTask& t, const Word* a,
                            const Word* packed, const Sink& sink) {
-  const int64_t step = plan.rows_outermost ? kTileRows : t.rows;
+  const bool all_rows = plan.rows_at_once == 0;
+  const int64_t step = all_rows ? t.rows : plan.rows_at_once;
+  const int64_t ahead_words =
+      all_rows ? kPanelColumns * plan.groups : divide_up(step * plan.stride, t.panels);
+  const int64_t multiplied_groups = larger(1, plan.groups * divide_up(step, kTileRows));
+  const int64_t ahead_step =
+      divide_up(ahead_words * static_cast<int64_t>(sizeof(Word)), multiplied_groups);
   for (int64_t row = 0; row < t.rows; row += step) {
-    const int64_t rows = smaller(t.rows - row, step);
+    const Word* next_rows = a + (row + step) * plan.stride;
     for (int64_t p = 0; p < t.panels; ++p) {
-      multiply_panel<Operand>(plan, a, row, rows, packed, t.first_panel + p, sink);
+      const int64_t next_panel = t.first_panel + (p + 1 < t.panels ? p + 1 : 0);
+      const Word* next =
+          all_rows ? packed + panel_offset(plan, next_panel) : next_rows + p * ahead_words;
+      const Ahead ahead{reinterpret_cast<const char*>(next), ahead_step};
+      multiply_panel<Operand>(plan, a, row, smaller(t.rows - row, step), packed, t.first_panel + p,
+                              ahead, sink);
     }
   }
 }

@@ -43,7 +43,7 @@ static void pack_tokens(const OuterProduct& o, const GemmPlan& plan, int64_t tas
   const int64_t count = smaller(plan.depth - first, kPackRows);
   Word* packed = static_cast<Word*>(o.packed);
   for (int64_t panel = 0; panel < plan.panels; ++panel) {
-    pack_columns<Operand>(packed + panel_offset(plan, panel), plan, panel * kPanelColumns,
+    pack_columns<Operand>(packed + panel_offset(plan, panel), plan, panel_column(plan, panel),
                           first / Operand::kGroup, tokens, ld, count);
   }
 }

@@ -17,13 +17,24 @@
 namespace patchgen_fast {
 namespace {
 
-// Vectors across the columns that start at `column`, at most a panel of them.
+// A panel is kTileVecs vectors wide; where one vector would be left for the last, the two last
+// share theirs evenly: a tile of one vector waits for its sums.
+constexpr bool kSharesVectors = kTileVecs > 2;
+
+PATCHGEN_FAST_INLINE int64_t panel_column(const GemmPlan& plan, int64_t panel) {
+  const bool shares = kSharesVectors && panel > 0 && panel + 1 == plan.panels &&
+                      divide_up(plan.columns, kLanes) % kTileVecs == 1;
+  return panel * kPanelColumns - (shares ? kLanes : 0);
+}
+
+// Vectors of the panel that starts at `column`.
 PATCHGEN_FAST_INLINE int64_t panel_vecs(const GemmPlan& plan, int64_t column) {
-  return divide_up(smaller(plan.columns - column, kPanelColumns), kLanes);
+  const int64_t left = divide_up(plan.columns - column, kLanes);
+  return kSharesVectors && left == kTileVecs + 1 ? kTileVecs - 1 : smaller(left, kTileVecs);
 }
 
 PATCHGEN_FAST_INLINE int64_t panel_offset(const GemmPlan& plan, int64_t panel) {
-  return panel * kPanelColumns * plan.groups;
+  return panel_column(plan, panel) * plan.groups;
 }
 
 // Where the bias lies behind the panels, as floats, padded with zeros to whole panels.
@@ -117,7 +128,8 @@ static void pack_columns(Word* panel, const GemmPlan& plan, int64_t column, int6
 // The bias of the panel that starts at `column`, as floats; zeros where there is none.
 template <class Element>
 static void pack_bias(float* to, const GemmPlan& plan, int64_t column, const Element* bias) {
-  for (int v = 0; v < kTileVecs; ++v) {
+  const int64_t vecs = panel_vecs(plan, column);
+  for (int64_t v = 0; v < vecs; ++v) {
     const int64_t first = column + v * kLanes;
     const int64_t left = plan.columns - first;
     const bool present = bias != nullptr && left > 0;

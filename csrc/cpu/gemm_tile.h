@@ -9,6 +9,7 @@
 // a multiplication), C is written once, by the sink, straight from the registers.
 #pragma once
 
+#include "prefetch.h"
 #include "register_tile.h"
 
 namespace patchgen_fast {
@@ -55,6 +56,10 @@ struct OperandFor<BFloat16> {
 };
 #endif
 
+template <class Element>
+constexpr bool kMultipliedAsStored =
+    std::is_same_v<Element, typename OperandFor<Element>::type::Element>;
+
 // body(Element{}) for the element type of `dtype`, one of the three float types.
 template <class Body>
 PATCHGEN_FAST_INLINE auto for_float_type(Dtype dtype, const Body& body) {
@@ -82,12 +87,32 @@ constexpr int64_t kPanelAhead = 12;
 // under way, and it drops some of them.
 constexpr int64_t kStepsPerRow = 6;
 
+// What is multiplied next, brought from L3 or memory into L2: a line is asked for at `at`, which
+// moves `step` bytes on, with each group of each tile. Evenly, as a burst would wait for its
+// misses.
+struct Ahead {
+  const char* at;
+  int64_t step;
+};
+
+// Rows of A whose addresses are reckoned from one pointer: all from one, and the compiler runs out
+// of registers for the multiples of the stride.
+constexpr int kRowsFromOne = 4;
+
+PATCHGEN_FAST_INLINE void keep_in_register(const Word*& pointer) {
+  asm("" : "+r"(pointer));
+}
+
 template <class Operand, int Rows, int Vecs>
 PATCHGEN_FAST_INLINE void accumulate(Vec (&acc)[Rows][Vecs], const Word* a, int64_t stride,
-                                     const Word* panel, int64_t groups) {
+                                     const Word* panel, int64_t groups, Ahead ahead) {
   constexpr int64_t kStep = Vecs * kLanes;
+  const Word* upper = a + kRowsFromOne * stride;
+  keep_in_register(upper);
   for (int64_t k = 0; k < groups; ++k) {
     Vec w[Vecs];
+    __builtin_prefetch(ahead.at, 0, kL2);
+    ahead.at += ahead.step;
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kStep; i += kWordsPerLine) {
       __builtin_prefetch(panel + (k + kPanelAhead) * kStep + i);
@@ -98,7 +123,8 @@ PATCHGEN_FAST_INLINE void accumulate(Vec (&acc)[Rows][Vecs], const Word* a, int6
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      const Vec x = broadcast_word(a + r * stride + k);
+      const Vec x = broadcast_word(r < kRowsFromOne ? a + r * stride + k
+                                                    : upper + (r - kRowsFromOne) * stride + k);
 #pragma GCC unroll 4
       for (int v = 0; v < Vecs; ++v) {
         acc[r][v] = Operand::multiply_add(acc[r][v], x, w[v]);
@@ -112,14 +138,15 @@ template <class Operand, int Rows, int Vecs, class Sink>
 PATCHGEN_FAST_INLINE void accumulate_expecting(Vec (&acc)[Rows][Vecs], const Word* a,
                                                int64_t stride, const Word* panel, int64_t groups,
                                                const Sink& sink, int64_t row, int64_t column,
-                                               int expected) {
+                                               int expected, Ahead ahead) {
   for (int r = 0; groups > 0; ++r) {
     int64_t steps = groups;
     if (r < expected) {
       sink.template expect<Vecs>(row + r, column);
       steps = smaller(groups, kStepsPerRow);
     }
-    accumulate<Operand>(acc, a, stride, panel, steps);
+    accumulate<Operand>(acc, a, stride, panel, steps, ahead);
+    ahead.at += kStepsPerRow * ahead.step;
     a += steps;
     panel += steps * Vecs * kLanes;
     groups -= steps;
@@ -130,16 +157,18 @@ PATCHGEN_FAST_INLINE void accumulate_expecting(Vec (&acc)[Rows][Vecs], const Wor
 // in `total`, which stays in the L1 cache.
 template <class Operand, int Rows, int Vecs, class Sink>
 PATCHGEN_FAST_INLINE void gemm_tile(const Word* a, int64_t stride, const Word* panel,
-                                    int64_t groups, const Sink& sink, int64_t row, int64_t column) {
+                                    int64_t groups, const Sink& sink, int64_t row, int64_t column,
+                                    Ahead ahead) {
   Vec acc[Rows][Vecs] = {};
   if (groups <= Operand::kRun) {
-    accumulate_expecting<Operand>(acc, a, stride, panel, groups, sink, row, column, Rows);
+    accumulate_expecting<Operand>(acc, a, stride, panel, groups, sink, row, column, Rows, ahead);
   } else {
     Vec total[Rows][Vecs] = {};
     for (int64_t first = 0; first < groups; first += Operand::kRun) {
       const int64_t run = groups - first < Operand::kRun ? groups - first : Operand::kRun;
       accumulate_expecting<Operand>(acc, a + first, stride, panel + first * Vecs * kLanes, run,
-                                    sink, row, column, first == 0 ? Rows : 0);
+                                    sink, row, column, first == 0 ? Rows : 0, ahead);
+      ahead.at += run * ahead.step;
       const bool last = first + run == groups;
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {

@@ -25,18 +25,11 @@ constexpr int kFewTileRows = 6;
 constexpr int kFewTileColumns = kRegisters == 32 ? 4 : 2;
 constexpr int kFewTiles = kLanes / kFewTileColumns;  // across a strip
 
-// Beyond so many rows packing is repaid; sooner where pairs are multiplied, as products take half
-// the time and packing the same, and soonest where the rows of a tile outgrow the L1 cache, or are
-// so short that the sums over lanes show. Measured (CONTRIBUTING.md).
-template <class Operand>
-constexpr int64_t most_few_rows(int64_t depth) {
-  const int64_t groups = divide_up(depth, Operand::kGroup);
-  return Operand::kGroup == 1 ? 128 : groups < 128 || groups > 1024 ? 24 : 64;
-}
-
-// Multiplications that a thread gets at least: about 3 us of a core, near what waking one costs.
-// Reckoned, not measured.
-constexpr int64_t kLeastTask = 128 << 10;
+// Beyond so many rows the transposed product is faster, whose tiles sum no lanes, though its last
+// vector of rows is rarely full; where weights have to be converted, packing them is repaid later.
+// Measured (CONTRIBUTING.md).
+template <class T>
+constexpr int64_t kMostFewRows = kMultipliedAsStored<T> ? kLanes + kLanes / 2 : 128;
 
 // How a tile brings in the next strip: the same rows, every `period`-th step from `phase` on.
 struct StripAhead {
@@ -186,19 +179,19 @@ static void multiply_few_rows(const LinearForward& f, const FewRowsPlan& plan, i
   }
 }
 
-template <class Operand>
+template <class T>
 static FewRowsPlan plan_few_rows(const LinearForward& f, int64_t threads) {
   FewRowsPlan plan{};
   const bool empty = f.rows == 0 || f.columns == 0 || f.depth == 0;
-  if (f.depth_major || f.rows > most_few_rows<Operand>(f.depth) || empty) {
+  if (f.depth_major || f.rows > kMostFewRows<T> || empty) {
     return plan;
   }
   const int64_t strips = divide_up(f.columns, kLanes);
-  const int64_t worthwhile = larger(1, f.rows * f.columns * f.depth / kLeastTask);
-  const int64_t workers = smaller(strips, smaller(threads, worthwhile));
+  const int64_t workers =
+      smaller(strips, worthwhile_threads(f.rows * f.columns * f.depth, threads));
   plan.columns_per_task = divide_up(strips, workers) * kLanes;
   plan.tasks = divide_up(f.columns, plan.columns_per_task);
-  plan.stride = block_stride(divide_up(f.depth, Operand::kGroup));
+  plan.stride = block_stride(divide_up(f.depth, OperandFor<T>::type::kGroup));
   plan.scratch_bytes = static_cast<size_t>(f.rows * plan.stride + strips * kLanes) * sizeof(Word);
   return plan;
 }
@@ -206,8 +199,7 @@ static FewRowsPlan plan_few_rows(const LinearForward& f, int64_t threads) {
 // -- the kernel table's entries -------------------------------------------------------------------
 
 static FewRowsPlan linear_few_rows_plan(const LinearForward& f, int64_t threads) {
-  return for_float_type(
-      f.dtype, [&]<class T>(T) { return plan_few_rows<typename OperandFor<T>::type>(f, threads); });
+  return for_float_type(f.dtype, [&]<class T>(T) { return plan_few_rows<T>(f, threads); });
 }
 
 static void linear_few_rows(const LinearForward& f, const FewRowsPlan& plan, int64_t task,

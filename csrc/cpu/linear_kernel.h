@@ -12,6 +12,7 @@
 #include "gemm_gather.h"
 #include "gemm_kernel.h"
 #include "linear_sink.h"
+#include "linear_transposed_kernel.h"
 
 namespace patchgen_fast {
 namespace {
@@ -19,7 +20,7 @@ namespace {
 template <class T>
 static void pack_linear(const LinearForward& f, const GemmPlan& plan, int64_t panel) {
   using Operand = typename OperandFor<T>::type;
-  const int64_t column = panel * kPanelColumns;
+  const int64_t column = panel_column(plan, panel);
   const T* weight = static_cast<const T*>(f.weight);
   Word* packed = static_cast<Word*>(f.packed);
   Word* to = packed + panel_offset(plan, panel);
@@ -32,17 +33,6 @@ static void pack_linear(const LinearForward& f, const GemmPlan& plan, int64_t pa
             static_cast<const T*>(f.bias));
 }
 
-// Whether the rows of the input can be multiplied where they lie: whole groups of the operand at
-// whole words, and not all rows of a tile in the same set of the L1 cache.
-template <class T>
-PATCHGEN_FAST_INLINE bool multiplies_in_place(const LinearForward& f) {
-  using Operand = typename OperandFor<T>::type;
-  constexpr int64_t kAliasing = 4096 / static_cast<int64_t>(sizeof(T));
-  return std::is_same_v<T, typename Operand::Element> && f.depth % Operand::kGroup == 0 &&
-         f.input_stride % Operand::kGroup == 0 && f.input_stride % kAliasing != 0 &&
-         reinterpret_cast<uintptr_t>(f.input) % sizeof(Word) == 0;
-}
-
 template <class T>
 static void multiply_linear(const LinearForward& f, GemmPlan plan, int64_t task, void* scratch) {
   using Operand = typename OperandFor<T>::type;
@@ -51,7 +41,7 @@ static void multiply_linear(const LinearForward& f, GemmPlan plan, int64_t task,
   auto* targets = reinterpret_cast<RowTarget<T>*>(gathered + plan.rows_per_task * plan.stride);
   const RowsOf<T> input{static_cast<const T*>(f.input), f.input_stride, plan.rows, 0};
   const Word* a = gathered;
-  if (multiplies_in_place<T>(f)) {
+  if (multiplies_in_place<T>(f.input, f.input_stride, f.depth)) {
     a = reinterpret_cast<const Word*>(input.row(t.first_row));
     plan.stride = f.input_stride / Operand::kGroup;
   } else {
@@ -90,18 +80,26 @@ static void differentiate(const ActivationBackward& b, int64_t first, int64_t co
 
 static GemmPlan linear_plan(const LinearForward& f, int64_t threads) {
   return for_float_type(f.dtype, [&]<class T>(T) {
+    if (suits_transposed<T>(f)) {
+      return plan_transposed<T>(f, threads);
+    }
     return plan_gemm<typename OperandFor<T>::type>(f.rows, f.columns, f.depth, threads,
                                                    sizeof(RowTarget<T>));
   });
 }
 
 static void linear_pack(const LinearForward& f, const GemmPlan& plan, int64_t task) {
-  for_float_type(f.dtype, [&]<class T>(T) { pack_linear<T>(f, plan, task); });
+  for_float_type(f.dtype, [&]<class T>(T) {
+    plan.transposed ? pack_input<T>(f, plan, task) : pack_linear<T>(f, plan, task);
+  });
 }
 
 static void linear_forward(const LinearForward& f, const GemmPlan& plan, int64_t task,
                            void* scratch) {
-  for_float_type(f.dtype, [&]<class T>(T) { multiply_linear<T>(f, plan, task, scratch); });
+  for_float_type(f.dtype, [&]<class T>(T) {
+    plan.transposed ? multiply_transposed<T>(f, plan, task, scratch)
+                    : multiply_linear<T>(f, plan, task, scratch);
+  });
 }
 
 // Elements [task * kActivationChunk, ...).

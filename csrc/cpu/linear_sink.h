@@ -41,10 +41,12 @@ struct LinearSink {
   // A tile in memory, vectors of it row by row.
   __attribute__((noinline)) void put_tile(const Vec* tile, int tile_rows, int vecs, int64_t row,
                                           int64_t column) const {
-    const bool whole = vecs == kTileVecs && columns - column >= kPanelColumns;
+    const bool whole = columns - column >= vecs * kLanes && preactivation == nullptr;
     for_activation(activation, [&](auto kind) {
-      if (whole && preactivation == nullptr) {
-        put_whole<kind.value>(tile, tile_rows, row, column);
+      if (whole && vecs == kTileVecs) {
+        put_whole<kind.value, kTileVecs>(tile, tile_rows, row, column);
+      } else if (whole && vecs == 1) {
+        put_whole<kind.value, 1>(tile, tile_rows, row, column);
       } else {
         put_partly<kind.value>(tile, tile_rows, vecs, row, column);
       }
@@ -52,35 +54,35 @@ struct LinearSink {
   }
 
  private:
-  // Whole panels, in inference. What the loop needs is in variables: a store of 16 bits might
+  // Whole vectors, in inference. What the loop needs is in variables: a store of 16 bits might
   // change a member.
-  template <Activation Kind>
+  template <Activation Kind, int Vecs>
   PATCHGEN_FAST_INLINE_MEMBER void put_whole(const Vec* tile, int tile_rows, int64_t row,
                                              int64_t column) const {
     const int64_t pitch = columns;
     Out* to = out + row * pitch + column;
     const Out* addend = residual == nullptr ? nullptr : residual + row * pitch + column;
-    Vec shift[kTileVecs];
+    Vec shift[Vecs];
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVecs; ++v) {
+    for (int v = 0; v < Vecs; ++v) {
       shift[v] = load(bias + column + v * kLanes);
     }
-    for (int r = 0; r < tile_rows; ++r, tile += kTileVecs, to += pitch) {
-      Vec x[kTileVecs];
+    for (int r = 0; r < tile_rows; ++r, tile += Vecs, to += pitch) {
+      Vec x[Vecs];
 #pragma GCC unroll 4
-      for (int v = 0; v < kTileVecs; ++v) {
+      for (int v = 0; v < Vecs; ++v) {
         x[v] = tile[v] + shift[v];
       }
       activate<Kind, Out>(x);
       if (addend != nullptr) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kTileVecs; ++v) {
+        for (int v = 0; v < Vecs; ++v) {
           x[v] += load(addend + v * kLanes);
         }
         addend += pitch;
       }
 #pragma GCC unroll 4
-      for (int v = 0; v < kTileVecs; ++v) {
+      for (int v = 0; v < Vecs; ++v) {
         store(to + v * kLanes, x[v]);
       }
     }

@@ -65,7 +65,7 @@ static void pack_patch_embed(const PatchEmbedForward& f, const GemmPlan& plan, i
     }
   }
   const PatchGrid& grid = f.source.grid;
-  const int64_t column = panel * kPanelColumns;
+  const int64_t column = panel_column(plan, panel);
   const Weight* w = static_cast<const Weight*>(f.weight) + column * plan.depth;
   if (grid.interleaved) {
     Weight* permuted = static_cast<Weight*>(scratch);

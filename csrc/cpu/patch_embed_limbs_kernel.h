@@ -129,7 +129,7 @@ static GemmPlan plan_limbs(const PatchEmbedForward& f, int64_t threads) {
                                          threads, sizeof(RowTarget<Weight>));
   plan.limbs = true;
   plan.packed_bytes = LimbSpace::bytes(plan);
-  plan.rows_outermost = plan.packed_bytes <= static_cast<size_t>(kStayingBytes);
+  plan.rows_at_once = plan.packed_bytes <= static_cast<size_t>(kStayingBytes) ? kTileRows : 0;
   plan.scratch_bytes += gather_scratch_bytes(grid);
   const int64_t pitch = round_up(plan.depth, kLanes);
   plan.pack_scratch_bytes =
@@ -330,7 +330,7 @@ PATCHGEN_FAST_INLINE void multiply_limb_rows(const GemmPlan& plan, const Word* a
 template <class Sink>
 static void multiply_limbs(const GemmPlan& plan, const GemmTask& t, const Word* a,
                            const LimbSpace& space, const Sink& sink) {
-  const int64_t step = plan.rows_outermost ? kTileRows : t.rows;
+  const int64_t step = plan.rows_at_once > 0 ? plan.rows_at_once : t.rows;
   const int64_t first = t.first_panel * kPanelColumns;
   const int64_t last = smaller(plan.columns, first + t.panels * kPanelColumns);
   for (int64_t row = 0; row < t.rows; row += step) {

@@ -42,7 +42,7 @@ static void pack_pixel_bias(float* to, const PatchUnembed& u, const GemmPlan& pl
                             int64_t column) {
   const T* bias = static_cast<const T*>(u.bias);
   const int64_t pixels = plan.columns / u.grid.channels;
-  for (int64_t i = 0; i < kPanelColumns; ++i) {
+  for (int64_t i = 0; i < panel_vecs(plan, column) * kLanes; ++i) {
     const bool present = bias != nullptr && column + i < plan.columns;
     to[i] = present ? load_one(bias + (column + i) / pixels) : 0.0f;
   }
@@ -51,7 +51,7 @@ static void pack_pixel_bias(float* to, const PatchUnembed& u, const GemmPlan& pl
 template <class T>
 static void pack_patch_unembed(const PatchUnembed& u, const GemmPlan& plan, int64_t panel) {
   using Operand = typename OperandFor<T>::type;
-  const int64_t column = panel * kPanelColumns;
+  const int64_t column = panel_column(plan, panel);
   Word* packed = static_cast<Word*>(u.packed);
   pack_columns<Operand>(packed + panel_offset(plan, panel), plan, column, 0,
                         static_cast<const T*>(u.weight), plan.columns, plan.depth);

@@ -128,7 +128,7 @@ CASES = [
     Case(**choice)
     for choice in pairwise(
         {
-            "rows": ((1, 1), (2, 50), (3, 7, 5), (197,), (64,)),
+            "rows": ((1, 1), (2, 50), (3, 7, 5), (197,), (64,), (2, 201)),
             "inner": (1, 7, 33, 64, 192),
             "outer": (1, 9, 40, 64, 257),
             "dtype": DTYPES,
@@ -143,6 +143,9 @@ CASES = [
 ] + [
     Case(rows=(0, 50), activation="gelu"),
     Case(rows=(), inner=8, outer=12, activation="silu", residual="full"),
+    # Sums that are cut into runs, weights multiplied where they lie and copied.
+    Case(rows=(40,), inner=4200, outer=37, activation="silu", residual="full"),
+    Case(rows=(40,), inner=4133, outer=37, dtype=torch.bfloat16),
     Case(rows=(2, 197), inner=192, outer=768, activation="gelu", dtype=torch.bfloat16),
     Case(rows=(2, 197), inner=768, outer=192, residual="full", dtype=torch.bfloat16),
 ]
