@@ -18,6 +18,7 @@ struct GemmPlan {
   int64_t groups;         // the same in 32-bit words: 1 float or 2 bf16 each
   int64_t stride;         // words from row to row of a block of A
   int64_t panels;         // of packed W; the last one may be narrower
+  int64_t last_column;    // with which the last panel begins
   int64_t rows_per_task;  // one block of A
   int64_t panels_per_task;
   int64_t column_tasks;

@@ -88,6 +88,7 @@ static GemmPlan plan_gemm(int64_t rows, int64_t columns, int64_t depth, int64_t 
   plan.groups = divide_up(depth, Operand::kGroup);
   plan.stride = block_stride(plan.groups);
   plan.panels = divide_up(columns, kPanelColumns);
+  plan.last_column = last_panel_column(columns, plan.panels);
   plan.pack_tasks = plan.panels;
   const int64_t tiles = divide_up(rows, kTileRows);
   const Split split = split_work(tiles, most_tiles(plan.stride), plan.panels,
@@ -121,28 +122,26 @@ PATCHGEN_FAST_INLINE GemmTask gemm_task(const GemmPlan& plan, int64_t task) {
 }
 
 // `rows` rows from `row` on, against one panel: whole tiles, then what is left in smaller ones.
-template <class Operand, int Vecs, class Sink, int Rows = kTileRows>
+template <class Operand, int Vecs, class Sink, class Next, int Rows = kTileRows>
 PATCHGEN_FAST_INLINE void multiply_rows(const GemmPlan& plan, const Word* a, int64_t row,
                                         int64_t rows, const Word* panel, int64_t column,
-                                        const Sink& sink, Ahead ahead) {
+                                        const Sink& sink, Next ahead) {
   for (; rows >= Rows; rows -= Rows, row += Rows) {
     gemm_tile<Operand, Rows, Vecs>(a + row * plan.stride, plan.stride, panel, plan.groups, sink,
                                    row, column, ahead);
-    ahead.at += plan.groups * ahead.step;
+    ahead.skip(plan.groups);
   }
   if constexpr (Rows > 1) {
     if (rows > 0) {
-      multiply_rows<Operand, Vecs, Sink,
-                    (Rows > kTileRows ? kTileRows
-                     : Rows > 4       ? 4
-                                      : Rows / 2)>(plan, a, row, rows, panel, column, sink, ahead);
+      multiply_rows<Operand, Vecs, Sink, Next, (Rows > 4 ? 4 : Rows / 2)>(plan, a, row, rows, panel,
+                                                                          column, sink, ahead);
     }
   }
 }
 
-template <class Operand, class Sink>
+template <class Operand, class Sink, class Next>
 static void multiply_panel(const GemmPlan& plan, const Word* a, int64_t row, int64_t rows,
-                           const Word* packed, int64_t panel_index, Ahead ahead, const Sink& sink) {
+                           const Word* packed, int64_t panel_index, Next ahead, const Sink& sink) {
   const Word* panel = packed + panel_offset(plan, panel_index);
   const int64_t column = panel_column(plan, panel_index);
   switch (panel_vecs(plan, column)) {
@@ -155,30 +154,45 @@ static void multiply_panel(const GemmPlan& plan, const Word* a, int64_t row, int
   }
 }
 
-// The block `a` of task `t` against its panels. Where all panels stay in L2, a few rows are
-// multiplied with every panel before the next, and these are brought in meanwhile, which matters if
-// they lie in memory; otherwise each panel brings in the next one, the last that with which the
-// next block begins.
+// Rows of A's block that are multiplied with all panels, one after the other.
+template <class Operand, class Sink>
+static void multiply_rows_at_once(const GemmPlan& plan, const GemmTask& t, const Word* a,
+                                  const Word* packed, bool in_cache, const Sink& sink) {
+  constexpr int64_t kWordBytes = sizeof(Word);
+  const int64_t step = plan.rows_at_once;
+  const int64_t share = divide_up(step * plan.stride, t.panels);
+  const int64_t tiles = divide_up(step, kTileRows);
+  const int64_t ahead_step = divide_up(share * kWordBytes, larger(1, plan.groups * tiles));
+  for (int64_t row = 0; row < t.rows; row += step) {
+    const int64_t rows = smaller(t.rows - row, step);
+    const Word* next = a + (row + step) * plan.stride;
+    for (int64_t panel = t.first_panel; panel < t.first_panel + t.panels; ++panel) {
+      if (in_cache) {
+        multiply_panel<Operand>(plan, a, row, rows, packed, panel, NothingAhead{}, sink);
+      } else {
+        const Ahead ahead{reinterpret_cast<const char*>(next), ahead_step};
+        multiply_panel<Operand>(plan, a, row, rows, packed, panel, ahead, sink);
+        next += share;
+      }
+    }
+  }
+}
+
+// The block `a` of task `t` against its panels; `in_cache`: it was copied there. Where all panels
+// stay in L2, a few rows are multiplied with every panel before the next, which these bring in.
+// Otherwise each panel brings in the next one, the last that with which the next block begins.
 template <class Operand, class Sink>
 static void multiply_block(const GemmPlan& plan, const GemmTask& t, const Word* a,
-                           const Word* packed, const Sink& sink) {
-  const bool all_rows = plan.rows_at_once == 0;
-  const int64_t step = all_rows ? t.rows : plan.rows_at_once;
-  const int64_t ahead_words =
-      all_rows ? kPanelColumns * plan.groups : divide_up(step * plan.stride, t.panels);
-  const int64_t multiplied_groups = larger(1, plan.groups * divide_up(step, kTileRows));
-  const int64_t ahead_step =
-      divide_up(ahead_words * static_cast<int64_t>(sizeof(Word)), multiplied_groups);
-  for (int64_t row = 0; row < t.rows; row += step) {
-    const Word* next_rows = a + (row + step) * plan.stride;
-    for (int64_t p = 0; p < t.panels; ++p) {
-      const int64_t next_panel = t.first_panel + (p + 1 < t.panels ? p + 1 : 0);
-      const Word* next =
-          all_rows ? packed + panel_offset(plan, next_panel) : next_rows + p * ahead_words;
-      const Ahead ahead{reinterpret_cast<const char*>(next), ahead_step};
-      multiply_panel<Operand>(plan, a, row, smaller(t.rows - row, step), packed, t.first_panel + p,
-                              ahead, sink);
-    }
+                           const Word* packed, bool in_cache, const Sink& sink) {
+  if (plan.rows_at_once > 0) {
+    return multiply_rows_at_once<Operand>(plan, t, a, packed, in_cache, sink);
+  }
+  constexpr int64_t kGroupBytes = kPanelColumns * static_cast<int64_t>(sizeof(Word));
+  const int64_t ahead_step = divide_up(kGroupBytes, divide_up(t.rows, kTileRows));
+  for (int64_t p = 0; p < t.panels; ++p) {
+    const int64_t next = t.first_panel + (p + 1 < t.panels ? p + 1 : 0);
+    const Ahead ahead{reinterpret_cast<const char*>(packed + panel_offset(plan, next)), ahead_step};
+    multiply_panel<Operand>(plan, a, 0, t.rows, packed, t.first_panel + p, ahead, sink);
   }
 }
 

@@ -88,7 +88,7 @@ static void multiply_stage(const OuterProduct& o, const GemmPlan& plan, const Ge
   const Word* packed = static_cast<const Word*>(o.packed);
   const float* zeros = reinterpret_cast<const float*>(packed + bias_offset(plan));
   const RowSink<Out, float> sink{targets, zeros, o.columns, adds};
-  multiply_block<Operand>(plan, t, a, packed, sink);
+  multiply_block<Operand>(plan, t, a, packed, true, sink);
 }
 
 template <class T>

@@ -21,10 +21,13 @@ namespace {
 // share theirs evenly: a tile of one vector waits for its sums.
 constexpr bool kSharesVectors = kTileVecs > 2;
 
+PATCHGEN_FAST_INLINE int64_t last_panel_column(int64_t columns, int64_t panels) {
+  const bool shares = kSharesVectors && panels > 1 && divide_up(columns, kLanes) % kTileVecs == 1;
+  return (panels - 1) * kPanelColumns - (shares ? kLanes : 0);
+}
+
 PATCHGEN_FAST_INLINE int64_t panel_column(const GemmPlan& plan, int64_t panel) {
-  const bool shares = kSharesVectors && panel > 0 && panel + 1 == plan.panels &&
-                      divide_up(plan.columns, kLanes) % kTileVecs == 1;
-  return panel * kPanelColumns - (shares ? kLanes : 0);
+  return panel + 1 < plan.panels ? panel * kPanelColumns : plan.last_column;
 }
 
 // Vectors of the panel that starts at `column`.

@@ -9,7 +9,6 @@
 // a multiplication), C is written once, by the sink, straight from the registers.
 #pragma once
 
-#include "prefetch.h"
 #include "register_tile.h"
 
 namespace patchgen_fast {
@@ -87,32 +86,46 @@ constexpr int64_t kPanelAhead = 12;
 // under way, and it drops some of them.
 constexpr int64_t kStepsPerRow = 6;
 
-// What is multiplied next, brought from L3 or memory into L2: a line is asked for at `at`, which
-// moves `step` bytes on, with each group of each tile. Evenly, as a burst would wait for its
-// misses.
+// What is multiplied next, brought near from L3 or memory: a line is asked for at `at`, which moves
+// `step` bytes on, with each group of each tile. Evenly, as a burst would wait for its misses.
 struct Ahead {
   const char* at;
   int64_t step;
+
+  PATCHGEN_FAST_INLINE_MEMBER void bring_next() {
+    __builtin_prefetch(at);
+    at += step;
+  }
+  PATCHGEN_FAST_INLINE_MEMBER void skip(int64_t groups) { at += groups * step; }
 };
 
-// Rows of A whose addresses are reckoned from one pointer: all from one, and the compiler runs out
-// of registers for the multiples of the stride.
-constexpr int kRowsFromOne = 4;
+// In its place where that is in the cache already: short tiles show the difference.
+struct NothingAhead {
+  PATCHGEN_FAST_INLINE_MEMBER void bring_next() {}
+  PATCHGEN_FAST_INLINE_MEMBER void skip(int64_t) {}
+};
+
+// Rows of A whose addresses are reckoned from one pointer: with all from one, and one more pointer
+// for what is brought in, the compiler runs out of registers for the multiples of the stride.
+template <class Next>
+constexpr int kRowsFromOne = std::is_same_v<Next, NothingAhead> ? kTileRows : 4;
 
 PATCHGEN_FAST_INLINE void keep_in_register(const Word*& pointer) {
   asm("" : "+r"(pointer));
 }
 
-template <class Operand, int Rows, int Vecs>
+template <class Operand, int Rows, int Vecs, class Next>
 PATCHGEN_FAST_INLINE void accumulate(Vec (&acc)[Rows][Vecs], const Word* a, int64_t stride,
-                                     const Word* panel, int64_t groups, Ahead ahead) {
+                                     const Word* panel, int64_t groups, Next ahead) {
   constexpr int64_t kStep = Vecs * kLanes;
-  const Word* upper = a + kRowsFromOne * stride;
-  keep_in_register(upper);
-  for (int64_t k = 0; k < groups; ++k) {
+  const Word* upper = a + kRowsFromOne<Next> * stride;
+  for (int64_t k = 0; k < groups; ++k, ++a, ++upper) {
+    if constexpr (Rows > kRowsFromOne<Next>) {
+      keep_in_register(a);
+      keep_in_register(upper);
+    }
     Vec w[Vecs];
-    __builtin_prefetch(ahead.at, 0, kL2);
-    ahead.at += ahead.step;
+    ahead.bring_next();
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kStep; i += kWordsPerLine) {
       __builtin_prefetch(panel + (k + kPanelAhead) * kStep + i);
@@ -123,8 +136,8 @@ PATCHGEN_FAST_INLINE void accumulate(Vec (&acc)[Rows][Vecs], const Word* a, int6
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      const Vec x = broadcast_word(r < kRowsFromOne ? a + r * stride + k
-                                                    : upper + (r - kRowsFromOne) * stride + k);
+      const Vec x = broadcast_word(
+          r < kRowsFromOne<Next> ? a + r * stride : upper + (r - kRowsFromOne<Next>)*stride);
 #pragma GCC unroll 4
       for (int v = 0; v < Vecs; ++v) {
         acc[r][v] = Operand::multiply_add(acc[r][v], x, w[v]);
@@ -134,11 +147,11 @@ PATCHGEN_FAST_INLINE void accumulate(Vec (&acc)[Rows][Vecs], const Word* a, int6
 }
 
 // The same, while the sink fetches the lines of `expected` rows of the tile.
-template <class Operand, int Rows, int Vecs, class Sink>
+template <class Operand, int Rows, int Vecs, class Sink, class Next>
 PATCHGEN_FAST_INLINE void accumulate_expecting(Vec (&acc)[Rows][Vecs], const Word* a,
                                                int64_t stride, const Word* panel, int64_t groups,
                                                const Sink& sink, int64_t row, int64_t column,
-                                               int expected, Ahead ahead) {
+                                               int expected, Next ahead) {
   for (int r = 0; groups > 0; ++r) {
     int64_t steps = groups;
     if (r < expected) {
@@ -146,7 +159,7 @@ PATCHGEN_FAST_INLINE void accumulate_expecting(Vec (&acc)[Rows][Vecs], const Wor
       steps = smaller(groups, kStepsPerRow);
     }
     accumulate<Operand>(acc, a, stride, panel, steps, ahead);
-    ahead.at += kStepsPerRow * ahead.step;
+    ahead.skip(kStepsPerRow);
     a += steps;
     panel += steps * Vecs * kLanes;
     groups -= steps;
@@ -155,10 +168,10 @@ PATCHGEN_FAST_INLINE void accumulate_expecting(Vec (&acc)[Rows][Vecs], const Wor
 
 // One tile over the whole depth, handed to the sink. A long sum is made of runs that are added up
 // in `total`, which stays in the L1 cache.
-template <class Operand, int Rows, int Vecs, class Sink>
+template <class Operand, int Rows, int Vecs, class Sink, class Next>
 PATCHGEN_FAST_INLINE void gemm_tile(const Word* a, int64_t stride, const Word* panel,
                                     int64_t groups, const Sink& sink, int64_t row, int64_t column,
-                                    Ahead ahead) {
+                                    Next ahead) {
   Vec acc[Rows][Vecs] = {};
   if (groups <= Operand::kRun) {
     accumulate_expecting<Operand>(acc, a, stride, panel, groups, sink, row, column, Rows, ahead);
@@ -168,7 +181,7 @@ PATCHGEN_FAST_INLINE void gemm_tile(const Word* a, int64_t stride, const Word* p
       const int64_t run = groups - first < Operand::kRun ? groups - first : Operand::kRun;
       accumulate_expecting<Operand>(acc, a + first, stride, panel + first * Vecs * kLanes, run,
                                     sink, row, column, first == 0 ? Rows : 0, ahead);
-      ahead.at += run * ahead.step;
+      ahead.skip(run);
       const bool last = first + run == groups;
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {

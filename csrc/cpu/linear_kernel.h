@@ -57,11 +57,11 @@ static void multiply_linear(const LinearForward& f, GemmPlan plan, int64_t task,
       targets[r] = {out + r * f.columns, residual == nullptr ? nullptr : residual + r * f.columns};
     }
     const RowSink<T> sink{targets, bias, f.columns, residual != nullptr};
-    multiply_block<Operand>(plan, t, a, packed, sink);
+    multiply_block<Operand>(plan, t, a, packed, a == gathered, sink);
   } else {
     T* pre = f.preactivation == nullptr ? nullptr : static_cast<T*>(f.preactivation) + offset;
     const LinearSink<T> sink{out, pre, residual, bias, f.columns, f.activation};
-    multiply_block<Operand>(plan, t, a, packed, sink);
+    multiply_block<Operand>(plan, t, a, packed, a == gathered, sink);
   }
 }
 

@@ -132,7 +132,8 @@ static void multiply_transposed(const LinearForward& f, GemmPlan plan, int64_t t
                            f.columns,
                            f.activation};
   const TransposingSink<T> transposing{sink, strip, t.first_row, t.rows, plan.columns};
-  multiply_block<Operand>(plan, t, a, static_cast<const Word*>(f.packed), transposing);
+  multiply_block<Operand>(plan, t, a, static_cast<const Word*>(f.packed), a == gathered,
+                          transposing);
 }
 
 }  // namespace

@@ -116,7 +116,7 @@ static void embed_patches(const PatchEmbedForward& f, const GemmPlan& plan, int6
   const Word* packed = static_cast<const Word*>(f.packed);
   const float* bias = reinterpret_cast<const float*>(packed + bias_offset(plan));
   const RowSink<Weight> sink{targets, bias, f.embed, f.pos_embed != nullptr};
-  multiply_block<Operand>(plan, t, a, packed, sink);
+  multiply_block<Operand>(plan, t, a, packed, true, sink);
 }
 
 // -- the kernel table's entries -------------------------------------------------------------------

@@ -144,7 +144,8 @@ static void unembed_tokens(const PatchUnembed& u, const GemmPlan& plan, int64_t 
   }
   const Word* packed = static_cast<const Word*>(u.packed);
   const float* bias = reinterpret_cast<const float*>(packed + bias_offset(plan));
-  multiply_block<Operand>(plan, t, a, packed, RowSink<float>{targets, bias, plan.columns, false});
+  multiply_block<Operand>(plan, t, a, packed, true,
+                          RowSink<float>{targets, bias, plan.columns, false});
   for_float_type(u.image_dtype,
                  [&]<class Pixel>(Pixel) { paste_patches<Pixel>(u, t, rows, line); });
 }
