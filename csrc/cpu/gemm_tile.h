@@ -89,6 +89,7 @@ constexpr int64_t kStepsPerRow = 6;
 // What is multiplied next, brought near from L3 or memory: a line is asked for at `at`, which moves
 // `step` bytes on, with each group of each tile. Evenly, as a burst would wait for its misses.
 struct Ahead {
+  static constexpr bool kSomething = true;
   const char* at;
   int64_t step;
 
@@ -101,14 +102,14 @@ struct Ahead {
 
 // In its place where that is in the cache already: short tiles show the difference.
 struct NothingAhead {
+  static constexpr bool kSomething = false;
   PATCHGEN_FAST_INLINE_MEMBER void bring_next() {}
   PATCHGEN_FAST_INLINE_MEMBER void skip(int64_t) {}
 };
 
 // Rows of A whose addresses are reckoned from one pointer: with all from one, and one more pointer
 // for what is brought in, the compiler runs out of registers for the multiples of the stride.
-template <class Next>
-constexpr int kRowsFromOne = std::is_same_v<Next, NothingAhead> ? kTileRows : 4;
+constexpr int kRowsFromOne = 4;
 
 PATCHGEN_FAST_INLINE void keep_in_register(const Word*& pointer) {
   asm("" : "+r"(pointer));
@@ -118,9 +119,10 @@ template <class Operand, int Rows, int Vecs, class Next>
 PATCHGEN_FAST_INLINE void accumulate(Vec (&acc)[Rows][Vecs], const Word* a, int64_t stride,
                                      const Word* panel, int64_t groups, Next ahead) {
   constexpr int64_t kStep = Vecs * kLanes;
-  const Word* upper = a + kRowsFromOne<Next> * stride;
-  for (int64_t k = 0; k < groups; ++k, ++a, ++upper) {
-    if constexpr (Rows > kRowsFromOne<Next>) {
+  constexpr bool kTwoPointers = Next::kSomething && Rows > kRowsFromOne;
+  const Word* upper = a + kRowsFromOne * stride;
+  for (int64_t k = 0; k < groups; ++k) {
+    if constexpr (kTwoPointers) {
       keep_in_register(a);
       keep_in_register(upper);
     }
@@ -136,12 +138,17 @@ PATCHGEN_FAST_INLINE void accumulate(Vec (&acc)[Rows][Vecs], const Word* a, int6
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      const Vec x = broadcast_word(
-          r < kRowsFromOne<Next> ? a + r * stride : upper + (r - kRowsFromOne<Next>)*stride);
+      const Word* row =
+          kTwoPointers && r >= kRowsFromOne ? upper + (r - kRowsFromOne) * stride : a + r * stride;
+      const Vec x = broadcast_word(kTwoPointers ? row : row + k);
 #pragma GCC unroll 4
       for (int v = 0; v < Vecs; ++v) {
         acc[r][v] = Operand::multiply_add(acc[r][v], x, w[v]);
       }
+    }
+    if constexpr (kTwoPointers) {
+      ++a;
+      ++upper;
     }
   }
 }
