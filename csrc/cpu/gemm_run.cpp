@@ -7,17 +7,8 @@
 namespace patchgen_fast {
 namespace {
 
-// The packed weights of one call: shared by its threads, gone after it.
-class Packed {
- public:
-  explicit Packed(const GemmPlan& plan)
-      : space_(new_tensor({static_cast<int64_t>(plan.packed_bytes)}, ScalarType::Byte)) {}
-
-  void* data() const { return space_.mutable_data_ptr(); }
-
- private:
-  Tensor space_;
-};
+// Where a call packs its weights, for all its threads; what is in it is gone with the call.
+using PackedMemory = ThreadMemory<struct ForPacking, size_t{32} << 20>;
 
 // Images too small for a patch still have their prefix tokens.
 void write_prefix_only(const PatchEmbedForward& f) {
@@ -42,8 +33,7 @@ void run_linear(LinearForward f) {
   if (plan.tasks == 0) {
     return;
   }
-  const Packed packed(plan);
-  f.packed = packed.data();
+  f.packed = PackedMemory::get(plan.packed_bytes);
   for_each_task(parallel, plan.pack_tasks, 0,
                 [&](int64_t task, void*) { table.linear_pack(f, plan, task); });
   for_each_task(parallel, plan.tasks, plan.scratch_bytes,
@@ -57,8 +47,7 @@ void run_patch_embed(PatchEmbedForward f) {
   if (plan.tasks == 0) {
     return write_prefix_only(f);
   }
-  const Packed packed(plan);
-  f.packed = packed.data();
+  f.packed = PackedMemory::get(plan.packed_bytes);
   for_each_task(
       parallel, plan.pack_tasks, plan.pack_scratch_bytes,
       [&](int64_t task, void* scratch) { table.patch_embed_pack(f, plan, task, scratch); });
@@ -74,8 +63,7 @@ void run_patch_unembed(PatchUnembed u) {
   if (plan.tasks == 0) {
     return;
   }
-  const Packed packed(plan);
-  u.packed = packed.data();
+  u.packed = PackedMemory::get(plan.packed_bytes);
   for_each_task(parallel, plan.pack_tasks, 0,
                 [&](int64_t task, void*) { table.patch_unembed_pack(u, plan, task); });
   for_each_task(parallel, plan.tasks, plan.scratch_bytes, [&](int64_t task, void* scratch) {
@@ -94,10 +82,9 @@ void run_outer(OuterProduct o) {
   if (plan.tasks == 0) {
     return;
   }
-  const Packed packed(plan);  // the first stage is the longest
   const bool stages = plan.depth < o.depth;
   const Tensor sums = new_tensor({stages ? o.rows * o.columns : 0}, ScalarType::Float);
-  o.packed = packed.data();
+  o.packed = PackedMemory::get(plan.packed_bytes);  // the first stage is the longest
   o.sums = static_cast<float*>(sums.mutable_data_ptr());
   for (int64_t first = 0; first < o.depth; first += plan.depth) {
     plan = table.outer_plan(o, first, parallel.threads);

@@ -29,22 +29,22 @@ inline void serial_for(int64_t begin, int64_t end, int64_t, RangeFunction body, 
   body(begin, end, context);
 }
 
-// Memory of the calling thread that kernels work in, kept between calls (a fresh large block costs
-// a page fault every 4 KiB) unless it is larger than `kKept`. Aligned to 64 bytes, uninitialised.
-class Scratch {
+// Memory of the calling thread for one use, kept between calls unless it is larger than `Kept`
+// bytes: a fresh large block costs a page fault every 4 KiB, and in a virtual machine whose host
+// takes back what is free, more than the kernels' own work. Aligned to 64 bytes, uninitialised.
+template <class Use, size_t Kept>
+class ThreadMemory {
  public:
-  static constexpr size_t kKept = size_t{8} << 20;
-
   static void* get(size_t bytes) {
-    thread_local Scratch mine;
+    thread_local ThreadMemory mine;
     return mine.grow(bytes);
   }
 
-  ~Scratch() { std::free(data_); }
+  ~ThreadMemory() { std::free(data_); }
 
  private:
   void* grow(size_t bytes) {
-    const bool oversized = size_ > kKept && bytes <= kKept;
+    const bool oversized = size_ > Kept && bytes <= Kept;
     if (bytes > size_ || oversized) {
       std::free(data_);
       size_ = 0;
@@ -61,6 +61,9 @@ class Scratch {
   void* data_ = nullptr;
   size_t size_ = 0;
 };
+
+// What a task works in.
+using Scratch = ThreadMemory<struct ForTasks, size_t{8} << 20>;
 
 // Calls body(task, scratch) for every task in [0, tasks), each once, on up to parallel.threads
 // threads; `scratch` is the running thread's own, of at least scratch_bytes.
