@@ -7,6 +7,7 @@ see ``oracle.skip_backend``.
 from __future__ import annotations
 
 import gc
+import sys
 
 # Importing leaves next to nothing to collect.
 gc.disable()
@@ -46,3 +47,11 @@ def target(request: pytest.FixtureRequest) -> Target:
     if request.param.device == "cuda" and not torch.cuda.is_available():
         skip_backend(request.param.backend, "no CUDA device")
     return request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiles_afresh():
+    """The compiler gives up on code that it has compiled too often, whoever asked for it."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

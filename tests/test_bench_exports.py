@@ -155,9 +155,12 @@ def test_the_readme_sums_up_a_whole_suite(result, tmp_path):
     new = readme.generate(tmp_path)
     assert new.count("| attention good |") == 1  # of the quick suite
     assert "`patchgen-fast bench --suite cpu --threads one`" in new
-    assert "(benchmarks/results/b-cpu.md)" in new
-    assert "| attention | fp32 | 1 of 2 | 2.00 (2.00–2.00) | 1.50 (1.50–1.50) | 0 |" in new
+    assert "(benchmarks/results/b-cpu.md)" in new and "was ended before" not in new
+    assert "| attention | fp32 | 1 of 2 | 2.00 | 1.50 | 0 |" in new
     assert "Where a peer is faster" not in new
+    result.complete = False
+    results.write_atomically(folder / "b-cpu.json", results.encode(result))
+    assert "which was ended before its last" in readme.generate(tmp_path)
 
 
 def test_a_summary_names_what_was_lost(tmp_path):

@@ -69,7 +69,7 @@ def in_sum(result: ResultFile, source: str) -> list[str]:
         f"### The whole suite on {result.environment.cpu}",
         "",
         f"{len(result.cases)} cases, [all of them]({page}), from [{source}]({source}), measured by "
-        f"`{command(result)}`.",
+        f"`{command(result)}`" + ("." if result.complete else ", which was ended before its last."),
         "",
         summary.markdown(result),
     ]

@@ -71,7 +71,7 @@ def _spread(values: Sequence[float], form: str = "{:.2f}", unit: str = "") -> st
     if not values:
         return ""
     middle, least, most = map(form.format, (median(values), min(values), max(values)))
-    return f"{middle}{unit} ({least}–{most})"
+    return f"{middle}{unit}" + (f" ({least}–{most})" if len(values) > 1 else "")
 
 
 def _speedup(cell: Cell) -> float:
