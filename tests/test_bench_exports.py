@@ -150,11 +150,13 @@ def test_the_readme_sums_up_a_whole_suite(result, tmp_path):
     (tmp_path / "README.md").write_text(f"{readme.BEGIN}\n{readme.END}\n")
     result.cases = [case for case in result.cases if case.case in ("good", "red")]
     results.write_atomically(folder / "a-quick.json", results.encode(result))
-    result.settings.suite, result.settings.filters = "cpu", {"threads": ["one"]}
+    result.settings.suite = "cpu"
+    result.settings.filters = {"shapes": ["N197 D64"], "names": ["good"], "threads": ["one"]}
     results.write_atomically(folder / "b-cpu.json", results.encode(result))
     new = readme.generate(tmp_path)
     assert new.count("| attention good |") == 1  # of the quick suite
-    assert "`patchgen-fast bench --suite cpu --threads one`" in new
+    command = "patchgen-fast bench --suite cpu --shape 'N197 D64' --case good --threads one"
+    assert f"`{command}`" in new
     assert "(benchmarks/results/b-cpu.md)" in new and "was ended before" not in new
     assert "| attention | fp32 | 1 of 2 | 2.00 | 1.50 | 0 |" in new
     assert "Where a peer is faster" not in new

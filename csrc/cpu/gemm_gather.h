@@ -59,6 +59,20 @@ static void gather_rows(Word* a, int64_t stride, const RowsOf<Element>& from, in
   }
 }
 
+// The same of one group, or its rows where they lie if they can be multiplied there; then `stride`
+// becomes theirs.
+template <class Element>
+static const Word* gather_unless_in_place(Word* a, int64_t& stride, const RowsOf<Element>& from,
+                                          int64_t first, int64_t rows, int64_t depth) {
+  using Operand = typename OperandFor<Element>::type;
+  if (multiplies_in_place<Element>(from.first, from.stride, depth)) {
+    stride = from.stride / Operand::kGroup;
+    return reinterpret_cast<const Word*>(from.row(first));
+  }
+  gather_rows<Operand>(a, stride, from, first, rows, depth);
+  return a;
+}
+
 // Group `index` of kLanes columns that start at `column`, of which `left` exist: one vector of
 // words. `rows` holds the addresses of the `depth` rows.
 template <class Operand, class Element>

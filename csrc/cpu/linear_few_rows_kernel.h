@@ -164,16 +164,8 @@ static void multiply_few_rows(const LinearForward& f, const FewRowsPlan& plan, i
   const int64_t first = task * plan.columns_per_task;
   const int64_t last = smaller(f.columns, first + plan.columns_per_task);
   float* bias = reinterpret_cast<float*>(a + f.rows * plan.stride);
-  const T* given = static_cast<const T*>(f.bias);
-  for (int64_t column = first; column < last; column += kLanes) {
-    store(bias + column, given == nullptr ? Vec{} : load_up_to(given + column, f.columns - column));
-  }
-  const LinearSink<T> sink{static_cast<T*>(f.out),
-                           static_cast<T*>(f.preactivation),
-                           static_cast<const T*>(f.residual),
-                           bias,
-                           f.columns,
-                           f.activation};
+  widen_bias<T>(f, first, last, bias);
+  const LinearSink<T> sink = sink_of<T>(f, bias);
   for (int64_t column = first; column < last; column += kLanes) {
     few_rows_strip(f, plan, a, column, column + kLanes < last, sink);
   }

@@ -40,13 +40,8 @@ static void multiply_linear(const LinearForward& f, GemmPlan plan, int64_t task,
   Word* gathered = static_cast<Word*>(scratch);
   auto* targets = reinterpret_cast<RowTarget<T>*>(gathered + plan.rows_per_task * plan.stride);
   const RowsOf<T> input{static_cast<const T*>(f.input), f.input_stride, plan.rows, 0};
-  const Word* a = gathered;
-  if (multiplies_in_place<T>(f.input, f.input_stride, f.depth)) {
-    a = reinterpret_cast<const Word*>(input.row(t.first_row));
-    plan.stride = f.input_stride / Operand::kGroup;
-  } else {
-    gather_rows<Operand>(gathered, plan.stride, input, t.first_row, t.rows, plan.depth);
-  }
+  const Word* a =
+      gather_unless_in_place(gathered, plan.stride, input, t.first_row, t.rows, f.depth);
   const Word* packed = static_cast<const Word*>(f.packed);
   const float* bias = reinterpret_cast<const float*>(packed + bias_offset(plan));
   const int64_t offset = t.first_row * f.columns;

@@ -110,5 +110,26 @@ struct LinearSink {
   }
 };
 
+// The sink of all rows of a layer; `bias` as widen_bias leaves it.
+template <class T>
+PATCHGEN_FAST_INLINE LinearSink<T> sink_of(const LinearForward& f, const float* bias) {
+  return {static_cast<T*>(f.out),
+          static_cast<T*>(f.preactivation),
+          static_cast<const T*>(f.residual),
+          bias,
+          f.columns,
+          f.activation};
+}
+
+// Columns [first, last) of the bias as floats, up to whole vectors; zeros where there is none.
+template <class T>
+PATCHGEN_FAST_INLINE void widen_bias(const LinearForward& f, int64_t first, int64_t last,
+                                     float* to) {
+  const T* bias = static_cast<const T*>(f.bias);
+  for (int64_t c = first; c < last; c += kLanes) {
+    store(to + c, bias == nullptr ? Vec{} : load_up_to(bias + c, f.columns - c));
+  }
+}
+
 }  // namespace
 }  // namespace patchgen_fast

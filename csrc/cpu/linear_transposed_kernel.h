@@ -113,25 +113,12 @@ static void multiply_transposed(const LinearForward& f, GemmPlan plan, int64_t t
   float* strip = static_cast<float*>(scratch);
   float* bias = strip + kStripColumns * kPanelColumns;
   Word* gathered = reinterpret_cast<Word*>(bias + round_up(f.columns, kStripColumns));
-  const T* given = static_cast<const T*>(f.bias);
-  for (int64_t c = t.first_row; c < t.first_row + t.rows; c += kLanes) {
-    store(bias + c, given == nullptr ? Vec{} : load_up_to(given + c, f.columns - c));
-  }
+  widen_bias<T>(f, t.first_row, t.first_row + t.rows, bias);
   const RowsOf<T> weights{static_cast<const T*>(f.weight), f.weight_stride, plan.rows, 0};
-  const Word* a = gathered;
-  if (multiplies_in_place<T>(f.weight, f.weight_stride, f.depth)) {
-    a = reinterpret_cast<const Word*>(weights.row(t.first_row));
-    plan.stride = f.weight_stride / Operand::kGroup;
-  } else {
-    gather_rows<Operand>(gathered, plan.stride, weights, t.first_row, t.rows, plan.depth);
-  }
-  const LinearSink<T> sink{static_cast<T*>(f.out),
-                           static_cast<T*>(f.preactivation),
-                           static_cast<const T*>(f.residual),
-                           bias,
-                           f.columns,
-                           f.activation};
-  const TransposingSink<T> transposing{sink, strip, t.first_row, t.rows, plan.columns};
+  const Word* a =
+      gather_unless_in_place(gathered, plan.stride, weights, t.first_row, t.rows, f.depth);
+  const TransposingSink<T> transposing{sink_of<T>(f, bias), strip, t.first_row, t.rows,
+                                       plan.columns};
   multiply_block<Operand>(plan, t, a, static_cast<const Word*>(f.packed), a == gathered,
                           transposing);
 }

@@ -7,6 +7,7 @@ python -m patchgen_fast.bench.readme --check    # 1 if it would change
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,9 +43,13 @@ def section(result: ResultFile, source: str, others: Mapping[str, ResultFile]) -
 def command(result: ResultFile) -> str:
     """What measured it."""
     suite = result.settings.suite
-    words = ["patchgen-fast bench"] + ([] if suite == "standard" else [f"--suite {suite}"])
-    words += [f"--{name} {v}" for name, values in result.settings.filters.items() for v in values]
-    return " ".join(words)
+    words = ["patchgen-fast", "bench"] + ([] if suite == "standard" else ["--suite", suite])
+    for name, values in result.settings.filters.items():
+        option = (
+            "case" if name == "names" else name if name == "threads" else name.removesuffix("s")
+        )
+        words += [word for value in values for word in (f"--{option}", value)]
+    return shlex.join(words)
 
 
 def in_short(result: ResultFile, source: str) -> list[str]:

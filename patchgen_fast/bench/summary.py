@@ -46,7 +46,7 @@ def markdown(result: ResultFile) -> str:
         parts += ["", "Where a peer is faster:", ""]
         parts += [
             markdown_table(
-                ("case", "shape", "dtype", "ours is faster by", "peer"),
+                ("case", "shape", "dtype", "× peer", "peer"),
                 [
                     [label(case), case.shape, short(case.dtype), ratio(peer), peer.name]
                     for case in lost
