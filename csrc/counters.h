@@ -9,6 +9,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "export.h"
+
 namespace patchgen_fast {
 
 class CallCounter {
@@ -29,8 +31,6 @@ class CallCounter {
 };
 
 }  // namespace patchgen_fast
-
-#define PATCHGEN_FAST_EXPORT __attribute__((visibility("default")))
 
 extern "C" {
 // Calls of the op overload `name` ("attention.cpu") so far; 0 if it never ran.

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "add_layer_norm": "patchgen_fast.ops.add_layer_norm",
     "attention": "patchgen_fast.ops.attention",
+    "layer_norm": "patchgen_fast.ops.layer_norm",
     "linear": "patchgen_fast.ops.linear",
     "patch_embed": "patchgen_fast.ops.patch_embed",
     "patch_unembed": "patchgen_fast.ops.patch_unembed",
@@ -28,6 +29,7 @@ _EXPORTS = {
     "PatchUnembed": "patchgen_fast.modules",
     "profile": "patchgen_fast.profiling.api",
     "attention_maps": "patchgen_fast.swapping",
+    "empty_cache": "patchgen_fast.memory",
     "swap": "patchgen_fast.swapping",
     "swapped": "patchgen_fast.swapping",
     "verify": "patchgen_fast.swapping",
@@ -36,6 +38,7 @@ _EXPORTS = {
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
+    from .memory import empty_cache as empty_cache
     from .modules import Attention as Attention
     from .modules import CrossAttention as CrossAttention
     from .modules import DecoderLayer as DecoderLayer
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from .modules import PatchUnembed as PatchUnembed
     from .ops.add_layer_norm import add_layer_norm as add_layer_norm
     from .ops.attention import attention as attention
+    from .ops.layer_norm import layer_norm as layer_norm
     from .ops.linear import linear as linear
     from .ops.patch_embed import patch_embed as patch_embed
     from .ops.patch_unembed import patch_unembed as patch_unembed

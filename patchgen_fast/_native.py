@@ -166,6 +166,12 @@ def library() -> ctypes.CDLL:
     kernels.patchgen_fast_counter_name.restype = ctypes.c_char_p
     kernels.patchgen_fast_call_count.argtypes = [ctypes.c_char_p]
     kernels.patchgen_fast_call_count.restype = ctypes.c_int64
+    kernels.patchgen_fast_empty_cache.argtypes = []
+    kernels.patchgen_fast_empty_cache.restype = None
+    kernels.patchgen_fast_set_kept_limit.argtypes = [ctypes.c_size_t]
+    kernels.patchgen_fast_set_kept_limit.restype = ctypes.c_size_t
+    kernels.patchgen_fast_kept_bytes.argtypes = []
+    kernels.patchgen_fast_kept_bytes.restype = ctypes.c_size_t
     return kernels
 
 

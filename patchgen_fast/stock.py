@@ -183,10 +183,18 @@ def linear(
     return (out if residual is None else out + residual), None
 
 
+def layer_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, None, None]:
+    """``F.layer_norm``."""
+    weight, bias = (None if w is None else w.to(input.dtype) for w in (weight, bias))
+    return F.layer_norm(input, (input.shape[-1],), weight, bias, eps), None, None
+
+
 def add_layer_norm(
     input: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, None, None]:
     """The sum and ``F.layer_norm``."""
     total = input + residual
-    weight, bias = (None if w is None else w.to(input.dtype) for w in (weight, bias))
-    return F.layer_norm(total, (input.shape[-1],), weight, bias, eps), total, None, None
+    out, _, _ = layer_norm(total, weight, bias, eps)
+    return out, total, None, None

@@ -35,6 +35,7 @@ TINY: dict[str, dict[str, Any]] = {
                     "images": "same"},
     "patch_unembed": {"batch": 1, "grid": (2, 1), "patch": (2, 3), "embed": 3, "channels": 2},
     "linear": {"rows": (2, 2), "inner": 3, "outer": 2},
+    "layer_norm": {"rows": (2, 2), "embed": 4},
     "add_layer_norm": {"rows": (2, 2), "embed": 4},
 }  # fmt: skip
 

@@ -112,7 +112,8 @@ def test_no_backend_at_all_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["attention", "varlen_attention", "qk_norm_rope", "patch_embed",
-                                  "patch_unembed", "linear", "add_layer_norm"])  # fmt: skip
+                                  "patch_unembed", "linear", "layer_norm",
+                                  "add_layer_norm"])  # fmt: skip
 def test_every_op_has_a_reference_a_composition_and_reasons_for_the_rest(name: str) -> None:
     import patchgen_fast
 

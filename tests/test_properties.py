@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from cases import add_layer_norm, attention, linear, patch_embed, patch_unembed, varlen_attention
+from cases import (
+    add_layer_norm,
+    attention,
+    layer_norm,
+    linear,
+    patch_embed,
+    patch_unembed,
+    varlen_attention,
+)
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracle import Target, assert_parity, require
@@ -136,14 +144,23 @@ def test_linear_of_anything(target: Target, layout: str, **fields: Any) -> None:
     linear.check(linear.Case(layout=layout, **fields), target)
 
 
+NORMS = {
+    "rows": st.tuples(size(2, 9), size(2, 9)),
+    "embed": size(8, 200),
+    "dtype": DTYPES,
+    "weights": st.sampled_from(["none", "same", "float32"]),
+    "layout": LAYOUTS,
+}
+
+
 @drawn
-@given(
-    rows=st.tuples(size(2, 9), size(2, 9)),
-    embed=size(8, 200),
-    dtype=DTYPES,
-    weights=st.sampled_from(["none", "same", "float32"]),
-    layout=LAYOUTS,
-)
+@given(**NORMS)
+def test_layer_norm_of_anything(target: Target, layout: str, **fields: Any) -> None:
+    layer_norm.check(layer_norm.Case(layout=layout, **fields), target)
+
+
+@drawn
+@given(**NORMS)
 def test_add_layer_norm_of_anything(target: Target, layout: str, **fields: Any) -> None:
     add_layer_norm.check(add_layer_norm.Case(layout=layout, **fields), target)
 

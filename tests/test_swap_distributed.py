@@ -15,6 +15,7 @@ from patchgen_fast import (
     add_layer_norm,
     attention,
     dispatch,
+    layer_norm,
     linear,
     models,
     patch_embed,
@@ -174,6 +175,11 @@ CASES = {
         lambda: shapes((2, 70, 16), (12, 16)),
         lambda x, w, **o: linear(x, w, **o),
         [(0, (0, None)), (2, (None, 0)), ("sum", (2, 1))],
+    ),
+    "layer_norm": (
+        lambda: shapes((2, 7, 16), (16,), (16,)),
+        layer_norm,
+        [(0, (0, None, None))],
     ),
     "add_layer_norm": (
         lambda: shapes((2, 7, 16), (2, 7, 16), (16,), (16,)),

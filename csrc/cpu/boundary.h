@@ -11,12 +11,23 @@
 #include <optional>
 #include <stdexcept>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "dtype.h"
+#include "kept_memory.h"
 #include "parallel.h"
+
+// A tensor over memory that is ours to free. Of torch 2.11: weak, so that the library loads
+// in 2.10.
+extern "C" AOTITorchError torch_from_blob(void* data, int64_t dims, const int64_t* sizes,
+                                          const int64_t* strides, int64_t offset, int32_t dtype,
+                                          int32_t device_type, int32_t device_index,
+                                          AtenTensorHandle* made, int32_t layout,
+                                          const uint8_t* opaque, int64_t opaque_bytes,
+                                          void (*free)(void* data, void* context), void* context)
+#if defined(__APPLE__)
+    __attribute__((weak_import));
+#else
+    __attribute__((weak));
+#endif
 
 namespace patchgen_fast {
 
@@ -24,8 +35,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline Dtype dtype_of(ScalarType type) {
+  switch (type) {
     case ScalarType::Float:
       return Dtype::float32;
     case ScalarType::BFloat16:
@@ -42,6 +53,10 @@ inline Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
+inline Dtype dtype_of(const Tensor& tensor) {
+  return dtype_of(tensor.scalar_type());
+}
+
 template <class T = void>
 const T* data_or_null(const OptionalTensor& tensor) {
   return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
@@ -55,25 +70,6 @@ inline Parallel torch_parallel() {
                                 [&](int64_t from, int64_t to) { body(from, to, context); });
   };
   return {run, static_cast<int64_t>(torch::stable::get_num_threads())};
-}
-
-// The C library maps blocks above 32 MiB afresh at every allocation, and the kernel then faults
-// them in 4 KiB at a time: four times as long as it takes to write them. Ask for 2 MiB pages
-// instead. The pages are still touched first by the thread that writes them.
-inline void prefer_huge_pages(const Tensor& tensor) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kWorthwhile = size_t{8} << 20;
-  constexpr uintptr_t kPage = 4096;
-  const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
-  if (bytes >= kWorthwhile) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-    const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-    const uintptr_t last = (begin + bytes) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may be refused
-  }
-#else
-  (void)tensor;
-#endif
 }
 
 // The C interface's number of a dtype.
@@ -95,16 +91,43 @@ inline int32_t dtype_number(ScalarType type) {
   }
 }
 
-// An uninitialised CPU tensor. Not by torch::stable::empty and transpose: these look their operator
-// up by its name at every call, which takes longer than a small kernel.
+// Bytes from the first to the last element.
+inline size_t span_bytes(int64_t dims, const int64_t* sizes, const int64_t* strides, size_t item) {
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < dims; ++dim) {
+    if (sizes[dim] == 0) {
+      return 0;
+    }
+    last += (sizes[dim] - 1) * strides[dim];
+  }
+  return static_cast<size_t>(last + 1) * item;
+}
+
+// An uninitialised CPU tensor; a large one in kept memory, where torch can be told how to free it.
+// Not by torch::stable::empty and transpose: these look their operator up by its name at every
+// call, which takes longer than a small kernel.
 inline Tensor new_strided(int64_t dims, const int64_t* sizes, const int64_t* strides,
                           ScalarType type) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype_number(type),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor tensor(handle);
-  prefer_huge_pages(tensor);
-  return tensor;
+  const int32_t dtype = dtype_number(type);
+  const int32_t cpu = aoti_torch_device_type_cpu();
+  const size_t bytes = span_bytes(dims, sizes, strides, size_of(dtype_of(type)));
+  if (bytes < kLeastKept || torch_from_blob == nullptr || kept_limit() == 0) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, cpu, 0, &handle));
+    return Tensor(handle);
+  }
+  const auto give_back = [](void* data, void* size) {
+    return_block({data, reinterpret_cast<size_t>(size)});
+  };
+  const Block block = take_block(bytes);
+  const AOTITorchError failed = torch_from_blob(block.data, dims, sizes, strides, 0, dtype, cpu, -1,
+                                                &handle, aoti_torch_layout_strided(), nullptr, 0,
+                                                give_back, reinterpret_cast<void*>(block.bytes));
+  if (failed != AOTI_TORCH_SUCCESS) {
+    return_block(block);
+  }
+  TORCH_ERROR_CODE_CHECK(failed);
+  return Tensor(handle);
 }
 
 template <size_t Dims>
@@ -122,6 +145,21 @@ Tensor new_tensor(const int64_t (&sizes)[Dims], ScalarType type) {
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   return new_strided(sizes, strides, type);
+}
+
+// An uninitialised contiguous tensor of `like`'s shape, but for its last dimension.
+inline Tensor new_rows(const Tensor& like, int64_t last) {
+  const int64_t dims = like.dim();
+  std::vector<int64_t> layout(2 * dims);
+  int64_t* sizes = layout.data();
+  int64_t* strides = sizes + dims;
+  int64_t stride = 1;
+  for (int64_t dim = dims - 1; dim >= 0; --dim) {
+    sizes[dim] = dim + 1 < dims ? like.size(dim) : last;
+    strides[dim] = stride;
+    stride *= sizes[dim] > 1 ? sizes[dim] : 1;
+  }
+  return new_strided(dims, sizes, strides, like.scalar_type());
 }
 
 // Shape [batch, heads, tokens, dim] as `like`, over memory [batch, tokens, heads, dim].

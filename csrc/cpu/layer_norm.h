@@ -9,16 +9,17 @@
 namespace patchgen_fast {
 
 // sum = input + residual; normalised = (sum - mean) * rstd * weight + bias, over rows of `width`.
+// Without a residual the sum is the input, and nothing is written to `sum`.
 struct AddLayerNorm {
   int64_t rows, width;
   Dtype dtype;  // of input, residual, sum and normalised
   const void* input;
-  const void* residual;
-  const float* weight;  // [width] or null
-  const float* bias;    // [width] or null
+  const void* residual;  // or null
+  const float* weight;   // [width] or null
+  const float* bias;     // [width] or null
   float eps;
   void* normalised;
-  void* sum;
+  void* sum;    // null without a residual
   float* mean;  // [rows]
   float* rstd;  // [rows]
 };

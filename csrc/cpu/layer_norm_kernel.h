@@ -1,4 +1,4 @@
-// Residual addition and layer normalisation in one pass.
+// Layer normalisation, and the residual addition before it, in one pass.
 //
 //     sum = input + residual, rounded to its dtype
 //     normalised = (sum - mean(sum)) * rstd * weight + bias,  rstd = 1 / sqrt(var(sum) + eps)
@@ -63,24 +63,31 @@ PATCHGEN_FAST_INLINE Vec as_stored(Vec v) {
 }
 
 // Meanwhile the next row is brought in: the walks over a row in L1 leave memory alone.
-template <class T>
+template <class T, bool Adds>
 static void add_and_normalise(const AddLayerNorm& n, int64_t row) {
   const int64_t offset = row * n.width;
   const T* input = static_cast<const T*>(n.input) + offset;
-  const T* residual = static_cast<const T*>(n.residual) + offset;
-  T* sum = static_cast<T*>(n.sum) + offset;
+  const T* residual = Adds ? static_cast<const T*>(n.residual) + offset : nullptr;
+  T* written = Adds ? static_cast<T*>(n.sum) + offset : nullptr;
+  const T* sum = Adds ? written : input;
   T* to = static_cast<T*>(n.normalised) + offset;
   const int64_t next = row + 1 < n.rows ? n.width : 0;
   const float inverse = 1.0f / static_cast<float>(n.width);
   const float mean = inverse * sum_over_row(n.width, [&](int64_t i, int64_t left) {
-                       const Vec total =
-                           load_up_to(input + i, left) + load_up_to(residual + i, left);
-                       store_up_to(sum + i, total, left);
-                       return as_stored<T>(total);
+                       const Vec x = load_up_to(input + i, left);
+                       if constexpr (Adds) {
+                         const Vec total = x + load_up_to(residual + i, left);
+                         store_up_to(written + i, total, left);
+                         return as_stored<T>(total);
+                       } else {
+                         return x;
+                       }
                      });
   const float squares = sum_over_row(n.width, [&](int64_t i, int64_t left) {
     __builtin_prefetch(input + next + i, 0, 2);
-    __builtin_prefetch(residual + next + i, 0, 2);
+    if constexpr (Adds) {
+      __builtin_prefetch(residual + next + i, 0, 2);
+    }
     Vec x = load_up_to(sum + i, left) - mean;
     if (left < kLanes) {  // lanes beyond the row hold -mean: they must not count
       x = select(iota() < static_cast<int32_t>(left), x, Vec{});
@@ -91,7 +98,9 @@ static void add_and_normalise(const AddLayerNorm& n, int64_t row) {
   n.mean[row] = mean;
   n.rstd[row] = rstd;
   for_vectors(n.width, [&](int64_t i, int64_t left) {
-    __builtin_prefetch(sum + next + i, 1, 2);
+    if constexpr (Adds) {
+      __builtin_prefetch(written + next + i, 1, 2);
+    }
     __builtin_prefetch(to + next + i, 1, 2);
     Vec x = (load_up_to(sum + i, left) - mean) * rstd;
     if (n.weight != nullptr) {
@@ -180,10 +189,13 @@ static void add_parameter_gradients(const AddLayerNormBackward& n, int64_t first
 static void add_layer_norm_forward(const AddLayerNorm& n, int64_t task) {
   const int64_t first = task * kNormRows;
   const int64_t last = smaller(n.rows, first + kNormRows);
-  for_float_type(n.dtype, [&]<class T>(T) {
+  const auto rows = [&]<class T, bool Adds>(T, std::bool_constant<Adds>) {
     for (int64_t row = first; row < last; ++row) {
-      add_and_normalise<T>(n, row);
+      add_and_normalise<T, Adds>(n, row);
     }
+  };
+  for_float_type(n.dtype, [&](auto element) {
+    n.residual != nullptr ? rows(element, std::true_type{}) : rows(element, std::false_type{});
   });
 }
 

@@ -27,21 +27,6 @@ Activation activation_named(const std::string& name) {
       "linear: expected activation none, relu, gelu, gelu_tanh or silu; got " + name);
 }
 
-// An uninitialised contiguous tensor of `like`'s shape, but for its last dimension.
-Tensor new_rows(const Tensor& like, int64_t last) {
-  const int64_t dims = like.dim();
-  std::vector<int64_t> layout(2 * dims);
-  int64_t* sizes = layout.data();
-  int64_t* strides = sizes + dims;
-  int64_t stride = 1;
-  for (int64_t dim = dims - 1; dim >= 0; --dim) {
-    sizes[dim] = dim + 1 < dims ? like.size(dim) : last;
-    strides[dim] = stride;
-    stride *= sizes[dim] > 1 ? sizes[dim] : 1;
-  }
-  return new_strided(dims, sizes, strides, like.scalar_type());
-}
-
 int64_t row_count(const Tensor& tensor) {
   int64_t rows = 1;
   for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {

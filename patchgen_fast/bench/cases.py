@@ -159,6 +159,7 @@ OTHER_OPS = [
         {"B": 8, "N": 197, "K": 3072, "M": 768},
         options={"residual": True},
     ),
+    Case("layer_norm", "vit_b", "op", {"B": 8, "N": 197, "E": 768}),
     Case("add_layer_norm", "vit_b", "op", {"B": 8, "N": 197, "E": 768}),
     Case("add_layer_norm", "vit_l", "op", {"B": 8, "N": 197, "E": 1024}),
     Case(

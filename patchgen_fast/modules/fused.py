@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..ops.add_layer_norm import add_layer_norm
+from ..ops.layer_norm import layer_norm
 from ..ops.linear import linear
 from ..ops.qk_norm_rope import qk_norm_rope
 from ..registry import autocasts
@@ -37,6 +38,8 @@ ACTIVATION_TYPES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"
 IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {}
 """Activations that `linear` has not: the same numbers, written over what they are given."""
 PLAIN_TYPES = (nn.Parameter, Tensor)
+FEWEST_NORMALISED = 64 * 768
+"""Numbers below which a call of `layer_norm` costs more than its kernel saves over torch's."""
 RESIDUAL_TYPES: set[type] = set()
 """Fast layers, as exact classes, whose `fused_forward` takes a `residual`."""
 
@@ -289,6 +292,21 @@ def add_to_residual(residual: Tensor, module: Any, x: Tensor, *args: Any, **kwar
     return residual + module(x, *args, **kwargs)
 
 
+def normalise(owner: FastLayer, x: Tensor, norm: Any) -> Tensor:
+    """`norm(x)`, by our kernel where there is one and the norm may be read."""
+    if (
+        not plain_layer_norm(norm)
+        or autocasts(x)
+        or x.dtype == torch.float64
+        or not owner._has_kernel("layer_norm", x.device.type)
+        or not (torch.compiler.is_compiling() or x.numel() >= FEWEST_NORMALISED)
+    ):
+        out: Tensor = norm(x)
+        return out
+    backend = owner._backend("layer_norm")
+    return layer_norm(x, norm.weight, norm.bias, norm.eps, backend=backend)
+
+
 def add_then_norm(
     owner: FastLayer, residual: Tensor, branch: Tensor, norm: Any
 ) -> tuple[Tensor, Tensor]:
@@ -323,5 +341,5 @@ def add_branch_then_norm(
     """
     if adds_residual(module):
         total = module.fused_forward(x, *args, residual=residual, **kwargs)
-        return total, norm(total)
+        return total, normalise(owner, total, norm)
     return add_then_norm(owner, residual, module(x, *args, **kwargs), norm)

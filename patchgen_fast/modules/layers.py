@@ -10,7 +10,14 @@ from ..models.cache import LayerCache
 from .attention import Attention, CrossAttention
 from .branch import DropPath, LayerScale
 from .feed_forward import FeedForward
-from .fused import add_branch_then_norm, add_then_norm, add_to_residual, child, inactive
+from .fused import (
+    add_branch_then_norm,
+    add_then_norm,
+    add_to_residual,
+    child,
+    inactive,
+    normalise,
+)
 from .state import FastLayer, LayerState
 
 
@@ -29,7 +36,7 @@ class FusedEncoderLayer(FastLayer):
     ) -> Tensor:
         """Tokens `[B, N, E]` to `[B, N, E]`; the mask as in `Attention`."""
         self._count_call()
-        normalised = self.norm1(x)
+        normalised = normalise(self, x, self.norm1)
         if self._bare(1):
             x, normalised = add_branch_then_norm(
                 self, x, self.attn, self.norm2, normalised, attn_mask, is_causal
@@ -76,8 +83,9 @@ class FusedDecoderLayer(FastLayer):
         """
         self._count_call()
         own, of_memory = (None, None) if cache is None else cache
+        normalised = normalise(self, x, self.norm1)
         x, normalised = add_branch_then_norm(
-            self, x, self.attn, self.norm2, self.norm1(x), is_causal=True, cache=own
+            self, x, self.attn, self.norm2, normalised, is_causal=True, cache=own
         )
         x, normalised = add_branch_then_norm(
             self, x, self.cross_attn, self.norm3, normalised, memory, cache=of_memory

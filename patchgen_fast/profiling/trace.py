@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ..memory import results_by_torch
 from .timeline import BACKWARD, FORWARD, Place, Timeline, shown
 
 MEMORY_EVENT = "[memory]"
@@ -46,7 +47,7 @@ def profiling(cuda: bool, **options: Any) -> Iterator[profile]:
 
 def peak_memory(call: Callable[[], Any]) -> int:
     """Bytes of torch's CPU allocator that a call holds at most beyond what was there before."""
-    with profiling(False, profile_memory=True) as profiler:
+    with results_by_torch(), profiling(False, profile_memory=True) as profiler:
         call()
     return _peaks(profiler, {}, "cpu")[1]
 
@@ -90,7 +91,7 @@ def trace(
     """
     cuda = next((p.is_cuda for p in model.parameters()), False)
     ranges = NamedRanges(model, layers)
-    with profiling(cuda, record_shapes=True, profile_memory=True) as profiler:
+    with results_by_torch(), profiling(cuda, record_shapes=True, profile_memory=True) as profiler:
         with record_function(STEP), ranges.watching() if named else nullcontext():
             step()
         profiler.add_metadata_json("distributedInfo", '{"rank": 0, "world_size": 1}')

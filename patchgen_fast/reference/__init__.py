@@ -23,6 +23,8 @@ from ._dense import (
     activation_backward,
     add_layer_norm,
     add_layer_norm_backward,
+    layer_norm,
+    layer_norm_backward,
     linear,
     linear_backward,
 )
@@ -50,6 +52,8 @@ __all__ = [
     "attention_lse",
     "cut",
     "grid_of",
+    "layer_norm",
+    "layer_norm_backward",
     "linear",
     "linear_backward",
     "normalised_pixels",

@@ -1,4 +1,4 @@
-"""linear and add_layer_norm: forward and explicit backward."""
+"""linear, layer_norm and add_layer_norm: forward and explicit backward."""
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,46 @@ def linear_backward(
     return grad_input, grad_weight, grad_bias
 
 
+def layer_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    arithmetic: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer normalisation, and every row's mean and reciprocal deviation."""
+    work = arithmetic or arithmetic_dtype(input.dtype)
+    return _layer_norm(input.to(work), weight, bias, eps, input.dtype)
+
+
+def _layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In the dtype of x; the results for an input of `dtype`."""
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    normalised = centred * rstd
+    if weight is not None:
+        normalised = normalised * weight.to(x.dtype)
+    if bias is not None:
+        normalised = normalised + bias.to(x.dtype)
+    statistics = arithmetic_dtype(dtype)
+    return (
+        normalised.to(dtype),
+        mean.flatten().to(statistics),
+        rstd.flatten().to(statistics),
+    )
+
+
+def layer_norm_backward(
+    grad_out: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias."""
+    return add_layer_norm_backward(grad_out, None, input, weight, mean, rstd)
+
+
 def add_layer_norm(
     input: Tensor,
     residual: Tensor,
@@ -91,21 +131,8 @@ def add_layer_norm(
     total = input.to(work) + residual.to(work)
     if arithmetic != torch.float64:
         total = total.to(input.dtype).to(work)
-    mean = total.mean(-1, keepdim=True)
-    centred = total - mean
-    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    normalised = centred * rstd
-    if weight is not None:
-        normalised = normalised * weight.to(work)
-    if bias is not None:
-        normalised = normalised + bias.to(work)
-    statistics = arithmetic_dtype(input.dtype)
-    return (
-        normalised.to(input.dtype),
-        total.to(input.dtype),
-        mean.flatten().to(statistics),
-        rstd.flatten().to(statistics),
-    )
+    normalised, mean, rstd = _layer_norm(total, weight, bias, eps, input.dtype)
+    return normalised, total.to(input.dtype), mean, rstd
 
 
 def add_layer_norm_backward(

@@ -199,11 +199,17 @@ def _linear_backward(
     return found
 
 
-def _add_layer_norm(input, residual, weight, bias, eps):
+def _layer_norm(input, weight, bias, eps):
     affine = _given(WHOLE, weight, bias)
     # the statistics are one number a row, rows in order: only the first dimension can be split
     dims = _even(input, 0) if len(input.shape) > 1 else []
-    return [([_place(dim)] * 4, [_place(dim), _place(dim), *affine, None]) for dim in (None, *dims)]
+    return [([_place(dim)] * 3, [_place(dim), *affine, None]) for dim in (None, *dims)]
+
+
+def _add_layer_norm(input, residual, weight, bias, eps):
+    # the sum and the residual lie as the input does
+    alone = _layer_norm(input, weight, bias, eps)
+    return [([place, *outs], [place, place, *rest]) for outs, (place, *rest) in alone]
 
 
 def _add_layer_norm_backward(grad_normalised, grad_sum, sum, weight, mean, rstd):
@@ -215,6 +221,10 @@ def _add_layer_norm_backward(grad_normalised, grad_sum, sum, weight, mean, rstd)
         inputs = [place, *_given(place, grad_sum), place, *_given(WHOLE, weight), place, place]
         found.append(([place, of_weights, of_weights], inputs))
     return found
+
+
+def _layer_norm_backward(grad_out, input, weight, mean, rstd):
+    return _add_layer_norm_backward(grad_out, None, input, weight, mean, rstd)
 
 
 # ------------------------------------------------------------------------------------------ patches
@@ -274,6 +284,7 @@ STRATEGIES = {
     "varlen_attention": (_varlen_attention, _varlen_attention_backward),
     "qk_norm_rope": (_qk_norm_rope, _qk_norm_rope_backward),
     "linear": (_linear, _linear_backward),
+    "layer_norm": (_layer_norm, _layer_norm_backward),
     "add_layer_norm": (_add_layer_norm, _add_layer_norm_backward),
     "patch_embed": (_patch_embed, _patch_embed_backward),
     "patch_unembed": (_patch_unembed, _patch_unembed_backward),

@@ -18,6 +18,7 @@ from ..modules.fused import (
     add_to_residual,
     inactive,
     is_plain_tensor,
+    normalise,
     unobserved,
 )
 from ..modules.state import FastLayer
@@ -36,7 +37,7 @@ class _FusedBlock(FastLayer):
     def _block(self, x: Tensor, scales: tuple[Any, Any], *args: Any, **kwargs: Any) -> Tensor:
         """`scales` are modules or vectors; None and placeholders scale nothing."""
         first, second = scales
-        normalised = self.norm1(x)
+        normalised = normalise(self, x, self.norm1)
         if _plain_sum(first, self.drop_path1):
             x, normalised = add_branch_then_norm(
                 self, x, self.attn, self.norm2, normalised, *args, **kwargs
@@ -118,7 +119,7 @@ class FastSwinTransformerBlock(FastLayer, swin_transformer.SwinTransformerBlock)
 
     def forward(self, x: Tensor) -> Tensor:
         self._count_call()
-        branch = self.drop_path1(self._attn(self.norm1(x)))
+        branch = self.drop_path1(self._attn(normalise(self, x, self.norm1)))
         x, normalised = add_then_norm(self, x, branch, self.norm2)
         shape = x.shape
         x, normalised = x.flatten(1, 2), normalised.flatten(1, 2)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
-from ..modules.fused import add_then_norm, inactive, project
+from ..modules.fused import add_then_norm, inactive, normalise, project
 from ..modules.multihead_attention import MultiheadAttention
 from ..modules.state import FastLayer
 from .adapters import Adapter
@@ -54,7 +54,8 @@ class FastTransformerEncoderLayer(_FastTransformerLayer, nn.TransformerEncoderLa
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         masks = (src_mask, src_key_padding_mask)
         if self.norm_first:
-            branch = self._sa_block(self.norm1(src), *masks, is_causal=is_causal)
+            normalised = normalise(self, src, self.norm1)
+            branch = self._sa_block(normalised, *masks, is_causal=is_causal)
             total, normalised = add_then_norm(self, src, branch, self.norm2)
             return self._feed_forward(normalised, self.dropout2, residual=total)
         branch = self._sa_block(src, *masks, is_causal=is_causal)
@@ -81,7 +82,7 @@ class FastTransformerDecoderLayer(_FastTransformerLayer, nn.TransformerDecoderLa
         own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         of_memory = (memory_mask, memory_key_padding_mask, memory_is_causal)
         if self.norm_first:
-            branch = self._sa_block(self.norm1(tgt), *own)
+            branch = self._sa_block(normalise(self, tgt, self.norm1), *own)
             x, normalised = add_then_norm(self, tgt, branch, self.norm2)
             branch = self._mha_block(normalised, memory, *of_memory)
             x, normalised = add_then_norm(self, x, branch, self.norm3)
@@ -126,7 +127,7 @@ class FastTransformerEncoder(FastLayer, nn.TransformerEncoder):
         if src_key_padding_mask is not None and self._parent_packs(src, mask, src_key_padding_mask):
             hidden = _additive(src_key_padding_mask, src.dtype) != 0
             output = output.masked_fill(hidden[..., None], 0.0)
-        return output if self.norm is None else self.norm(output)
+        return output if self.norm is None else normalise(self, output, self.norm)
 
     def _parent_packs(self, src: Tensor, mask: Tensor | None, padding: Tensor) -> bool:
         """Whether `nn.TransformerEncoder` would go by nested tensors, which zeroes padding."""

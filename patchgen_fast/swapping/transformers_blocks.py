@@ -25,6 +25,7 @@ from ..modules.fused import (
     add_then_norm,
     add_to_residual,
     inactive,
+    normalise,
     project,
     quick_gelu_,
     takes_residual,
@@ -144,8 +145,9 @@ class FastClipLayer(_FastBlock):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any):
         self._count_call()
+        normalised = normalise(self, hidden_states, self.layer_norm1)
         branch, _ = self.self_attn(
-            hidden_states=self.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs
+            hidden_states=normalised, attention_mask=attention_mask, **kwargs
         )
         return self._block(hidden_states, branch, self.layer_norm2)
 
@@ -155,7 +157,8 @@ class FastBlipLayer(FastClipLayer):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any):  # type: ignore[override]
         self._count_call()
-        branch, _ = self.self_attn(hidden_states=self.layer_norm1(hidden_states), **kwargs)
+        normalised = normalise(self, hidden_states, self.layer_norm1)
+        branch, _ = self.self_attn(hidden_states=normalised, **kwargs)
         return self._block(hidden_states, branch, self.layer_norm2)
 
 
@@ -169,7 +172,8 @@ class FastViTLayer(_FastBlock):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any):
         self._count_call()
-        branch, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        normalised = normalise(self, hidden_states, self.layernorm_before)
+        branch, _ = self.attention(normalised, attention_mask, **kwargs)
         if inactive(self.dropout):
             return self._block(hidden_states, branch, self.layernorm_after)
         x, normalised = add_then_norm(
@@ -199,9 +203,8 @@ class FastDinoLayer(FastLayer):
         self._count_call()
         if position_embeddings is not None:  # DINOv3's
             kwargs["position_embeddings"] = position_embeddings
-        branch, _ = self.attention(
-            self.norm1(hidden_states), attention_mask=attention_mask, **kwargs
-        )
+        normalised = normalise(self, hidden_states, self.norm1)
+        branch, _ = self.attention(normalised, attention_mask=attention_mask, **kwargs)
         branch = self.drop_path(self.layer_scale1(branch))
         x, normalised = add_then_norm(self, hidden_states, branch, self.norm2)
         return self.drop_path(self.layer_scale2(self.mlp(normalised))) + x
@@ -223,7 +226,7 @@ class FastPackedLayer(_FastBlock):
     ):
         self._count_call()
         branch = self.attn(
-            self.norm1(hidden_states),
+            normalise(self, hidden_states, self.norm1),
             cu_seqlens=cu_seqlens,
             position_embeddings=position_embeddings,
             **kwargs,

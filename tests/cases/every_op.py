@@ -14,6 +14,7 @@ from torch import Tensor
 from cases import (
     add_layer_norm,
     attention,
+    layer_norm,
     linear,
     patch_embed,
     patch_unembed,
@@ -67,7 +68,7 @@ class Sample:
         if self.name == "attention":
             self.module.compare(self.case, stated, got, target.factor)
         else:
-            left_out = ["weight", "bias"] if self.name == "add_layer_norm" else []
+            left_out = ["weight", "bias"] if self.name.endswith("layer_norm") else []
             stated.compare(got, target.factor, left_out if target.backend == "torch" else [])
 
     def arguments(self, device: str = "cpu") -> list[Any]:
@@ -134,6 +135,12 @@ SAMPLES = [
         "linear",
         linear,
         linear.Case(activation="gelu", residual="broadcast"),
+        lambda n: {"rows": (2, n)},
+    ),
+    Sample(
+        "layer_norm",
+        layer_norm,
+        layer_norm.Case(),
         lambda n: {"rows": (2, n)},
     ),
     Sample(

@@ -28,7 +28,7 @@ def _builder(op: str) -> Callable[[Case], Problem]:
         from patchgen_fast.bench.problems import patches
 
         return getattr(patches, op)
-    if op in ("linear", "add_layer_norm", "qk_norm_rope"):
+    if op in ("linear", "layer_norm", "add_layer_norm", "qk_norm_rope"):
         from patchgen_fast.bench.problems import dense
 
         return getattr(dense, op)

@@ -76,6 +76,43 @@ def linear(case: Case) -> Problem:
     )
 
 
+def eager_layer_norm(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Outputs:
+    """The stock op."""
+    return F.layer_norm(input, (input.shape[-1],), weight, bias, 1e-5)
+
+
+def layer_norm(case: Case) -> Problem:
+    """A LayerNorm alone, as before a layer's first part."""
+    batch, tokens, width = (case.dims[name] for name in ("B", "N", "E"))
+    random = random_of(case)
+    tensors = {
+        "input": normal(case, random, batch, tokens, width),
+        "weight": normal(case, random, width),
+        "bias": normal(case, random, width),
+    }
+
+    def ours() -> Runnable:
+        from patchgen_fast import layer_norm as fast
+
+        return on_leaves(partial(fast, eps=1e-5, backend=case.backend), tensors)
+
+    passes = phase_total(2.0, 3.0, case.phase)  # forward 1 in, 1 out; backward 2 in, 1 out
+    return Problem(
+        [
+            Contender("eager", "eager", lambda: on_leaves(eager_layer_norm, tensors)),
+            Contender(
+                "torch.compile",
+                "peer",
+                lambda: compiled(eager_layer_norm, tensors),
+                not_quick=COMPILES,
+            ),
+            Contender("ours", "ours", ours),
+        ],
+        lambda: on_leaves(eager_layer_norm, tensors, torch.float64),
+        Cost(flops=0.0, bytes=passes * batch * tokens * width * ITEMSIZE[case.dtype]),
+    )
+
+
 def eager_add_layer_norm(
     input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 ) -> Outputs:
