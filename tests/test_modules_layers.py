@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from patchgen_fast import dispatch, linear, models, modules
+from patchgen_fast import _native, dispatch, linear, models, modules
 from patchgen_fast.models import DecoderCache
+from patchgen_fast.modules.fused import FEWEST_NORMALISED
 from patchgen_fast.swapping import parity
 
 
@@ -151,6 +152,21 @@ def test_residuals_are_added_inside_the_products(monkeypatch):
     monkeypatch.setattr("patchgen_fast.modules.fused.linear", spy)
     modules.EncoderLayer(32, 4)(torch.randn(2, 5, 32))
     assert sum(seen) == 2  # proj and fc2; qkv and fc1 have none
+
+
+@pytest.mark.skipif(not _native.status().loaded, reason="no native kernels")
+@pytest.mark.parametrize("wanted", [False, True], ids=["plain", "with_gradients"])
+def test_norms_of_many_tokens_are_our_kernels(wanted):
+    """Both norms of a layer, its sums being in the products; few tokens are torch's."""
+    fast = modules.EncoderLayer(64, 4)
+    with torch.set_grad_enabled(wanted):
+        for tokens, ours in ((FEWEST_NORMALISED // 64, 2), (5, 0)):
+            with dispatch.counting() as ran:
+                fast(torch.randn(1, tokens, 64))
+            assert ran.get("layer_norm.cpu", 0) == ours
+            with dispatch.counting() as ran, torch.autocast("cpu"):
+                fast(torch.randn(1, tokens, 64))
+            assert "layer_norm.cpu" not in ran
 
 
 def test_sum_and_norm_are_one_op_where_the_branch_can_not_add():
