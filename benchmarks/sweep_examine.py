@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from patchgen_fast import dispatch
+from patchgen_fast.modules import fused
 from patchgen_fast.swapping import swap, verification, verify
 
 ATTENTIONS = (
@@ -31,6 +32,9 @@ CONVOLUTIONS = (F.conv2d, F.conv3d)
 SAMPLE = 10  # one model of so many is run in bfloat16 and with gradients too
 MOST_PARAMETERS = 200_000_000  # of a model that is run; larger ones are not, and said to be
 MANY_PARAMETERS = 8_000_000  # from here on, one image and one run of `verify`
+
+# The models run are small and stand for large ones: their norms are to run as those of these do.
+fused.FEWEST_NORMALISED = 0
 
 Small = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 """A model to run, and its arguments by position and by name."""

@@ -17,6 +17,7 @@ import torch  # noqa: E402
 from oracle import Target, skip_backend  # noqa: E402
 
 from patchgen_fast._torchvision import make_importable  # noqa: E402
+from patchgen_fast.modules import fused  # noqa: E402
 
 make_importable()  # the pinned torchvision is built for CUDA, the pinned torch need not be
 
@@ -33,6 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Workers with two spinning threads each on two cores wait more than they work; tests of
     # threading set their own number.
     torch.set_num_threads(1)
+    # Models here are small: their norms are to run as those of large ones do.
+    fused.FEWEST_NORMALISED = 0
 
 
 def pytest_collection_finish() -> None:
