@@ -114,19 +114,18 @@ inline Tensor new_strided(int64_t dims, const int64_t* sizes, const int64_t* str
   const size_t bytes = span_bytes(dims, sizes, strides, size_of(dtype_of(type)));
   if (bytes < kLeastKept || torch_from_blob == nullptr || kept_limit() == 0) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, cpu, 0, &handle));
-    return Tensor(handle);
+    Tensor tensor(handle);
+    prefer_huge_pages({tensor.mutable_data_ptr(), bytes});
+    return tensor;
   }
   const auto give_back = [](void* data, void* size) {
     return_block({data, reinterpret_cast<size_t>(size)});
   };
   const Block block = take_block(bytes);
-  const AOTITorchError failed = torch_from_blob(block.data, dims, sizes, strides, 0, dtype, cpu, -1,
-                                                &handle, aoti_torch_layout_strided(), nullptr, 0,
-                                                give_back, reinterpret_cast<void*>(block.bytes));
-  if (failed != AOTI_TORCH_SUCCESS) {
-    return_block(block);
-  }
-  TORCH_ERROR_CODE_CHECK(failed);
+  // Where this fails, torch may have freed the block already: rather lost than given back twice.
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(block.data, dims, sizes, strides, 0, dtype, cpu, -1,
+                                         &handle, aoti_torch_layout_strided(), nullptr, 0,
+                                         give_back, reinterpret_cast<void*>(block.bytes)));
   return Tensor(handle);
 }
 

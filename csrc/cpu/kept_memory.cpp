@@ -26,15 +26,9 @@ Block map_block(size_t bytes) {
   if (data == MAP_FAILED) {
     throw std::bad_alloc();
   }
-#if defined(MADV_HUGEPAGE)
-  // The first use then faults 2 MiB at a time, which takes a quarter of the time. Advice: may be
-  // refused. The pages are still touched first by the thread that writes them.
-  constexpr size_t kWorthwhile = 8 * kMiB;
-  if (bytes >= kWorthwhile) {
-    madvise(data, bytes, MADV_HUGEPAGE);
-  }
-#endif
-  return {data, bytes};
+  const Block block{data, bytes};
+  prefer_huge_pages(block);
+  return block;
 }
 
 void unmap(Block block) {
@@ -138,6 +132,21 @@ size_t kept_limit() {
   }
   static const size_t of_environment = limit_of_environment();
   return of_environment;
+}
+
+void prefer_huge_pages(Block block) {
+#if defined(MADV_HUGEPAGE)
+  constexpr size_t kWorthwhile = 8 * kMiB;
+  constexpr uintptr_t kPage = 4096;
+  if (block.bytes >= kWorthwhile) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(block.data);
+    const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+    const uintptr_t last = (begin + block.bytes) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may be refused
+  }
+#else
+  (void)block;
+#endif
 }
 
 Block take_block(size_t bytes) {

@@ -20,6 +20,10 @@ struct Block {
   size_t bytes = 0;
 };
 
+// Advises 2 MiB pages for a large block that is not used yet: faulting these in takes a quarter of
+// the time. They are still touched first by the thread that writes them.
+void prefer_huge_pages(Block block);
+
 // A block of at least `bytes`, uninitialised, aligned to a page; std::bad_alloc.
 Block take_block(size_t bytes);
 
