@@ -122,7 +122,7 @@ load-check: cuda-part ## that part beside a CUDA build of TORCH=2.14.1 (5 GB, in
 # The native part with the address and undefined-behaviour sanitizers, in a folder of its own, and the
 # tests of the CPU kernels with it.
 SANITIZERS := address,undefined
-SANITIZE_TESTS ?= $(wildcard tests/test_attention*.py tests/test_patch*.py tests/test_linear*.py tests/test_add_layer_norm*.py tests/test_qk_norm_rope*.py tests/test_varlen*.py)
+SANITIZE_TESTS ?= $(wildcard tests/test_attention*.py tests/test_patch*.py tests/test_linear*.py tests/test_*layer_norm.py tests/test_qk_norm_rope*.py tests/test_varlen*.py tests/test_kept_memory.py)
 
 sanitize: environment ## the CPU kernels' tests under the sanitizers (g++; some minutes)
 	CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=$(SANITIZERS) -fno-sanitize-recover=undefined" \
@@ -130,7 +130,7 @@ sanitize: environment ## the CPU kernels' tests under the sanitizers (g++; some 
 	    $(BIN)/python setup.py --quiet build --build-base build/sanitize
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	    PYTHONPATH=$$(echo $$PWD/lib*) $(abspath $(BIN))/python -m pytest -k "$(or $(K),cpu)" -n $(JOBS) \
+	    PYTHONPATH=$$(echo $$PWD/lib*) $(abspath $(BIN))/python -m pytest -k "$(or $(K),cpu or kept_memory)" -n $(JOBS) \
 	    -p no:cacheprovider $(abspath $(SANITIZE_TESTS))
 
 gpu-code-report: cuda-part ## what the GPU compilers make of the kernels; needs nvcc, no GPU

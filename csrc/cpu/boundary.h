@@ -161,6 +161,11 @@ inline Tensor new_rows(const Tensor& like, int64_t last) {
   return new_strided(dims, sizes, strides, like.scalar_type());
 }
 
+// The same, of `like`'s shape and dtype.
+inline Tensor new_like(const Tensor& like) {
+  return new_rows(like, like.size(like.dim() - 1));
+}
+
 // Shape [batch, heads, tokens, dim] as `like`, over memory [batch, tokens, heads, dim].
 inline Tensor new_rows_like(const Tensor& like) {
   const int64_t batch = like.size(0), heads = like.size(1), tokens = like.size(2),

@@ -27,8 +27,7 @@ Normalised normalise(Tensor input, OptionalTensor residual, OptionalTensor weigh
   n.dtype = dtype_of(input);
   const OptionalTensor float_weight = as_floats(weight);
   const OptionalTensor float_bias = as_floats(bias);
-  Normalised made{new_rows(input, n.width),
-                  residual.has_value() ? new_rows(input, n.width) : nothing(input),
+  Normalised made{new_like(input), residual.has_value() ? new_like(input) : nothing(input),
                   new_tensor({n.rows}, ScalarType::Float), new_tensor({n.rows}, ScalarType::Float)};
   n.input = input.const_data_ptr();
   n.residual = data_or_null(residual);
@@ -78,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> differentiate(Tensor grad_normalised, Optiona
   n.dtype = dtype_of(sum);
   const OptionalTensor float_weight = as_floats(weight);
   const int64_t tasks = norm_tasks(n.rows);
-  Tensor grad_total = new_rows(sum, n.width);
+  Tensor grad_total = new_like(sum);
   const Tensor partial = new_tensor({tasks, 2, n.width}, ScalarType::Float);
   Tensor sums = new_tensor({2, n.width}, ScalarType::Float);
   n.grad_normalised = grad_normalised.const_data_ptr();

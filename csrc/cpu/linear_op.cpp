@@ -100,7 +100,7 @@ Tensor grad_of_preactivation(const Tensor& grad_out, const Tensor& preactivation
     return as_contiguous(grad_out);
   }
   const Tensor grad = as_contiguous(grad_out);
-  Tensor grad_pre = torch::stable::empty_like(grad);
+  Tensor grad_pre = new_like(grad);
   run_activation_backward({grad.numel(), dtype_of(grad), activation, grad.const_data_ptr(),
                            preactivation.const_data_ptr(), grad_pre.mutable_data_ptr()});
   return grad_pre;

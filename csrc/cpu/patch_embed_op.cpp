@@ -42,7 +42,7 @@ const void* patch_tokens(const Tensor& grad_out, int64_t patches) {
 
 Tensor grad_of_images(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
                       const OptionalTensor& std) {
-  Tensor grad = torch::stable::contiguous(torch::stable::empty_like(images));
+  Tensor grad = new_like(images);
   PatchUnembed u{};
   u.grid = patch_grid(grad, weight, false);
   const PatchGrid& g = u.grid;
@@ -64,7 +64,7 @@ Tensor grad_of_images(const Tensor& grad_out, const Tensor& images, const Tensor
 
 Tensor grad_of_weight(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
                       const OptionalTensor& mean, const OptionalTensor& std) {
-  Tensor grad = torch::stable::empty_like(weight);
+  Tensor grad = new_like(weight);
   OuterProduct o{};
   o.patches = patch_source(images, weight, mean, std, false);
   const PatchGrid& g = o.patches.grid;

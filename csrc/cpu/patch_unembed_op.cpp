@@ -45,7 +45,7 @@ Tensor grad_of_tokens(const Tensor& grad_images, const Tensor& tokens, const Ten
 }
 
 Tensor grad_of_weight(const Tensor& grad_images, const Tensor& tokens, const Tensor& weight) {
-  Tensor grad = torch::stable::empty_like(weight);
+  Tensor grad = new_like(weight);
   OuterProduct o{};
   o.patches = gradient_source(grad_images, weight, false);
   const PatchGrid& g = o.patches.grid;
