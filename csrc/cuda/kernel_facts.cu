@@ -1,7 +1,6 @@
 // The facts of all kernels as JSON, for Python (ctypes).
 #include <cuda_runtime.h>
 
-#include "../export.h"
 #include "kernel_facts.h"
 
 namespace {
@@ -24,7 +23,8 @@ std::string as_json(const std::vector<patchgen_fast::cuda::KernelFacts>& list) {
 
 // Of the kernels that have code for GPU `device`; "[]" where there is no such GPU. The text stays
 // valid until this thread's next call.
-extern "C" PATCHGEN_FAST_EXPORT const char* patchgen_fast_cuda_kernels(int device) {
+extern "C" __attribute__((visibility("default"))) const char* patchgen_fast_cuda_kernels(
+    int device) {
   using namespace patchgen_fast::cuda;
   static thread_local std::string text;
   std::vector<KernelFacts> list;

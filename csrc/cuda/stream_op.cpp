@@ -1,7 +1,6 @@
 // Whether torch gives the stream to launch on, for Python (ctypes).
-#include "../export.h"
 #include "boundary.h"
 
-extern "C" PATCHGEN_FAST_EXPORT bool patchgen_fast_cuda_finds_stream() {
+extern "C" __attribute__((visibility("default"))) bool patchgen_fast_cuda_finds_stream() {
   return aoti_torch_get_current_cuda_stream != nullptr;
 }
