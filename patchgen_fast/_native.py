@@ -120,10 +120,10 @@ def info_module() -> ModuleType | None:
 
 
 @functools.cache
-def has_avx512() -> bool:
-    """Whether the kernels in use are those for AVX-512. ValueError for a wrong override."""
+def is_baseline() -> bool:
+    """Whether the kernels in use are those for any CPU. ValueError for a wrong override."""
     module = info_module()
-    return module is not None and module.chosen_isa().startswith("avx512")
+    return module is None or module.chosen_isa() == "baseline"
 
 
 def unavailable_reason(backend: str) -> str | None:

@@ -8,8 +8,7 @@ from cases.linear import CASES, FEW_ROWS, Case, call, check, problem
 from oracle import Target, explicit_gradients, explicit_pairs, require
 
 from patchgen_fast import _native, dispatch, linear, reference
-from patchgen_fast.ops.linear import FEW_ROWS as FEW_ROWS_TO_LEARN
-from patchgen_fast.ops.linear import FEW_ROWS_NARROW
+from patchgen_fast.ops.linear import LEAST_TO_LEARN, MOST_ROWS_OF_BASELINE
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -34,39 +33,39 @@ def test_any_backward_takes_any_forward(case: Case, forward: str, backward: str)
     stated.compare(explicit_gradients(stated, by_reference, forward, backward))
 
 
-def backend_of(rows: int, dtype: torch.dtype, learns: bool) -> str:
-    weight = torch.randn(4, 8, dtype=dtype, requires_grad=learns)
+def backend_of(rows: int, dtype: torch.dtype, learns: bool, features: int = 16) -> str:
+    weight = torch.randn(features, features, dtype=dtype, requires_grad=learns)
     with dispatch.counting() as ran:
-        linear(torch.randn(1, rows, 8, dtype=dtype), weight)
+        linear(torch.randn(1, rows, features, dtype=dtype), weight)
     (only,) = ran
     return only.removeprefix("linear.")
 
 
-@pytest.mark.parametrize("dtype", FEW_ROWS_TO_LEARN, ids=str)
-def test_few_rows_are_left_to_torch_where_gradients_are_wanted(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_left_to_torch_where_gradients_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 one row, and what is small."""
     require("linear", Target("cpu", "cpu"))
-    monkeypatch.setattr(_native, "has_avx512", lambda: True)
-    most = FEW_ROWS_TO_LEARN[dtype]
-    assert backend_of(most - 1, dtype, True) == "torch"
-    assert backend_of(most - 1, dtype, False) == "cpu"
-    assert backend_of(most, dtype, True) == "cpu"
+    monkeypatch.setattr(_native, "is_baseline", lambda: False)
+    enough = LEAST_TO_LEARN // 16**2
+    assert backend_of(enough - 1, torch.float32, True) == "torch"
+    assert backend_of(enough, torch.float32, True) == "cpu"
+    assert backend_of(1, torch.float32, True, 2048) == "torch"
+    assert backend_of(1, torch.bfloat16, True) == "cpu"
+    assert backend_of(1, torch.float32, False) == "cpu"
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-@pytest.mark.parametrize("dtype", FEW_ROWS_NARROW, ids=str)
-def test_few_rows_are_left_to_torch_without_avx512(
-    dtype: torch.dtype, gradients: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_is_left_to_torch_without_avx2(
+    gradients: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where gradients could be wanted, and on the short way where they can't."""
     require("linear", Target("cpu", "cpu"))
-    most = FEW_ROWS_NARROW[dtype]
+    most = MOST_ROWS_OF_BASELINE
     with torch.set_grad_enabled(gradients):
-        for wide, backend in ((True, "cpu"), (False, "torch")):
-            monkeypatch.setattr(_native, "has_avx512", lambda wide=wide: wide)
-            assert backend_of(most - 1, dtype, False) == backend
-            assert backend_of(most, dtype, False) == "cpu"
+        for baseline, backend in ((False, "cpu"), (True, "torch")):
+            monkeypatch.setattr(_native, "is_baseline", lambda baseline=baseline: baseline)
+            assert backend_of(most, torch.float32, False) == "cpu"
+            assert backend_of(most + 1, torch.float32, False) == backend
+            assert backend_of(most + 1, torch.bfloat16, False) == "cpu"
 
 
 @pytest.mark.parametrize("rows", [5, 40])

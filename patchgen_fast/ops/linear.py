@@ -107,34 +107,34 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-# With gradients wanted: the backward packs the weights, which shows beside products of so few rows.
-# On one Zen 4 core and layers of 384 to 1536 features it took 0.8 to 10 times the time of torch's
-# at 1 to 64 rows in float32, 0.9 to 2.4 times in bfloat16. The forward reads weights where they
-# lie: torch's took 1.0 to 4.6 times its time. In float16 torch's takes longer in both.
-FEW_ROWS = {torch.float32: 128, torch.bfloat16: 256}
-# Without AVX-512, with or without gradients. With ours and torch held to AVX2 on that core, torch
-# took 0.8 of our time at 64 rows in float32, 0.94 at 16, as long from 197 on, 3 to 5 times it in
-# bfloat16 at any.
-FEW_ROWS_NARROW = {torch.float32: 192}
+# Where torch's product on the CPU is faster, on a Zen 5 core: in float32 only. With gradients wanted,
+# of one row, which took torch 0.6 to 0.84 of our time, and in small layers, 0.65 to 1 of it; of more
+# rows 1.0 to 3.5 times it (CONTRIBUTING.md).
+LEAST_TO_LEARN = 1 << 20  # multiplications
+# Without AVX2: of 16 rows torch, held to SSE, took 0.7 of our time, of 64 and more half.
+MOST_ROWS_OF_BASELINE = 8
 
 
 @torch.compiler.assume_constant_result
-def _has_avx512() -> bool:
-    return _native.has_avx512()
+def _is_baseline() -> bool:
+    return _native.is_baseline()
 
 
-def _has_few_rows(input: Tensor, learns: bool) -> bool:
+def _is_torchs(input: Tensor, weight: Tensor, learns: bool) -> bool:
     """Whether torch's product on the CPU is faster; `learns`: gradients are wanted."""
-    most = FEW_ROWS.get(input.dtype, 0) if learns else 0
-    if not _has_avx512():
-        most = max(most, FEW_ROWS_NARROW.get(input.dtype, 0))
-    return most > 0 and math.prod(input.shape[:-1]) < most
+    if input.dtype != torch.float32:
+        return False
+    rows = math.prod(input.shape[:-1])
+    if learns and (rows == 1 or rows * weight.numel() < LEAST_TO_LEARN):
+        return True
+    return rows > MOST_ROWS_OF_BASELINE and _is_baseline()
 
 
 def _prefer(args: LinearArguments) -> str | None:
     if args.input.device.type != "cpu":
         return None
-    return "torch" if _has_few_rows(args.input, _needs_grad(args.input, args.weight)) else None
+    learns = _needs_grad(args.input, args.weight)
+    return "torch" if _is_torchs(args.input, args.weight, learns) else None
 
 
 OP = Op(
@@ -239,7 +239,7 @@ def linear(
     if (
         backend is None
         and OP.takes_cpu_kernel(input)
-        and not _has_few_rows(input, learns=False)
+        and not _is_torchs(input, weight, learns=False)
         and _is_usual(input, weight, bias, residual)
     ):
         return OP.run(LinearArguments(input, weight, bias, name, residual, False), "cpu")[0]
