@@ -91,6 +91,14 @@ inline HeadView task_view(const AttentionForward& problem, const AttentionPlan& 
                   task / plan.chunks % problem.kv_heads);
 }
 
+// Keys in one sum of weighted values. Where values share a sign, one sum over 197 and 512 keys erred
+// 1.6 and 2.5 times as much as torch's product; runs of this length err less than it.
+constexpr int64_t kWeighingRun = 128;
+
+// What rounding the result to Element hides.
+template <class Element>
+constexpr bool kRoundedAway = sizeof(Element) < sizeof(float);
+
 template <class Math, class Element>
 class ForwardTask {
  public:
@@ -219,10 +227,17 @@ class ForwardTask {
     return {work_.scores, shape_.score_row, divide_up(keys, kLanes), work_.lane_maxima, raised};
   }
 
-  // product = P V
+  // product = P V. Weights have one sign, and values may: then a sum only grows, and its rounding
+  // errors with it. In float32 it is made of even runs of at most kWeighingRun keys.
   void weigh(const Block& block, int64_t keys) {
-    multiply_rows<Math>({work_.scores, shape_.score_row}, block.rows, work_.values, shape_.columns,
-                        divide_up(keys, Math::kGroup), work_.product, false, &ahead_);
+    const int64_t steps = divide_up(keys, Math::kGroup);
+    const int64_t runs = kRoundedAway<Element> ? 1 : divide_up(steps, kWeighingRun);
+    const int64_t run = divide_up(steps, larger(1, runs));
+    for (int64_t first = 0; first == 0 || first < steps; first += larger(1, run)) {
+      multiply_rows<Math>({work_.scores + first, shape_.score_row}, block.rows,
+                          work_.values + first * shape_.columns, shape_.columns,
+                          smaller(run, steps - first), work_.product, first > 0, &ahead_);
+    }
   }
 
   // state = state * decay + product, and the same for the sums.

@@ -34,6 +34,7 @@ class Case:
     layout: ``packed`` (views of one projection), ``dense``, ``sliced``, ``strided`` (last stride
     2), ``batch_last``, ``expanded`` (key and value shared by the batch, stride 0).
     grad: layout of the output's gradient, or ``stride0``.
+    values: of query, key and value: ``normal``, ``huge``, ``far``, ``alike``.
     """
 
     nq: int = 64
@@ -118,6 +119,9 @@ def make_qkv(case: Case, generator: torch.Generator, device: str) -> tuple[Tenso
         kv = torch.cat(
             (kv[:, :, :1], kv[:, :, 1:] * (1e3 if case.dtype == torch.float16 else 1e30)), 2
         )
+    if case.values == "alike":
+        # Values with much in common: long sums of one sign, and gradients that cancel.
+        kv = torch.cat((kv[:, :, :1], kv[:, :, 1:] * 0.1 + 1), 2)
     if case.layout == "packed" and case.nq == case.keys and heads == kv_heads:
         qkv = carve(torch.cat((q.unsqueeze(2), kv), dim=2), "contiguous", device)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -380,6 +384,10 @@ NAMED = {
     "far values": Case(nq=197, dim=64, values="far"),
     "far values, bf16": Case(nq=197, dim=64, values="far", dtype=torch.bfloat16),
     "far values, f16": Case(nq=197, dim=64, values="far", dtype=torch.float16),
+    "values alike": Case(nq=512, dim=32, values="alike", heads=(4, 4)),
+    "values alike, 197": Case(nq=197, dim=64, values="alike", heads=(4, 4)),
+    "values alike, panels": Case(batch=1, nq=130, nk=4096, dim=64, values="alike"),
+    "values alike, few queries": Case(batch=1, nq=4, nk=1024, dim=64, values="alike"),
     "scale 0": Case(nq=65, dim=40, scale=0.0),
     "negative scale": Case(nq=65, dim=40, scale=-0.3),
     "everything joined": Case(
