@@ -91,8 +91,8 @@ inline HeadView task_view(const AttentionForward& problem, const AttentionPlan& 
                   task / plan.chunks % problem.kv_heads);
 }
 
-// Keys in one sum of weighted values. Where values share a sign, one sum over 197 and 512 keys erred
-// 1.6 and 2.5 times as much as torch's product; runs of this length err less than it.
+// Keys in one sum of weighted values. Where values share a sign, one sum over 197 and 512 keys
+// erred 1.6 and 2.5 times as much as torch's product; runs of this length err less than it.
 constexpr int64_t kWeighingRun = 128;
 
 // What rounding the result to Element hides.

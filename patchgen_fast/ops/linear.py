@@ -107,9 +107,9 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-# Where torch's product on the CPU is faster, on a Zen 5 core: in float32 only. With gradients wanted,
-# of one row, which took torch 0.6 to 0.84 of our time, and in small layers, 0.65 to 1 of it; of more
-# rows 1.0 to 3.5 times it (CONTRIBUTING.md).
+# Where torch's product on the CPU is faster, on a Zen 5 core: in float32 only (CONTRIBUTING.md).
+# With gradients wanted, of one row, which took it 0.6 to 0.84 of our time, and in small layers,
+# 0.65 to 1 of it; the others 1.0 to 3.5 times it.
 LEAST_TO_LEARN = 1 << 20  # multiplications
 # Without AVX2: of 16 rows torch, held to SSE, took 0.7 of our time, of 64 and more half.
 MOST_ROWS_OF_BASELINE = 8
