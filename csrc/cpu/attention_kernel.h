@@ -231,12 +231,13 @@ class ForwardTask {
   // errors with it. In float32 it is made of even runs of at most kWeighingRun keys.
   void weigh(const Block& block, int64_t keys) {
     const int64_t steps = divide_up(keys, Math::kGroup);
-    const int64_t runs = kRoundedAway<Element> ? 1 : divide_up(steps, kWeighingRun);
-    const int64_t run = divide_up(steps, larger(1, runs));
-    for (int64_t first = 0; first == 0 || first < steps; first += larger(1, run)) {
+    const int64_t runs = kRoundedAway<Element> ? 1 : larger(1, divide_up(steps, kWeighingRun));
+    const int64_t run = divide_up(steps, runs);
+    for (int64_t i = 0; i < runs; ++i) {
+      const int64_t first = i * run;
       multiply_rows<Math>({work_.scores + first, shape_.score_row}, block.rows,
                           work_.values + first * shape_.columns, shape_.columns,
-                          smaller(run, steps - first), work_.product, first > 0, &ahead_);
+                          smaller(run, steps - first), work_.product, i > 0, &ahead_);
     }
   }
 

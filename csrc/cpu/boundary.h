@@ -10,6 +10,7 @@
 
 #include <optional>
 #include <stdexcept>
+#include <vector>
 
 #include "dtype.h"
 #include "kept_memory.h"

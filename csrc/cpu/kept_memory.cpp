@@ -56,17 +56,15 @@ class KeptBlocks {
     return remove(best);
   }
 
-  // The oldest block where `bytes` more would be more than `limit` or than there are places, else
-  // none.
+  // The oldest block where there is no room for one of `bytes`, else none.
   Block make_room(size_t bytes, size_t limit) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    const bool crowded = bytes_ + bytes > limit || count_ == blocks_.size();
-    return lock.owns_lock() && crowded ? remove(0) : Block{};
+    return lock.owns_lock() && !has_room(bytes, limit) ? remove(0) : Block{};
   }
 
   bool put(Block block, size_t limit) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock.owns_lock() || bytes_ + block.bytes > limit || count_ == blocks_.size()) {
+    if (!lock.owns_lock() || !has_room(block.bytes, limit)) {
       return false;
     }
     blocks_[count_++] = block;
@@ -80,6 +78,10 @@ class KeptBlocks {
   }
 
  private:
+  bool has_room(size_t bytes, size_t limit) const {
+    return bytes_ + bytes <= limit && count_ < blocks_.size();
+  }
+
   Block remove(size_t index) {
     if (index >= count_) {
       return {};
@@ -113,8 +115,8 @@ size_t limit_of_environment() {
   const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), mib);
   if (error != std::errc() || end != number.data() + number.size() || mib > kMostMiB) {
     throw std::invalid_argument(
-        "PATCHGEN_FAST_KEPT_MIB: expected a whole number of MiB, 0 to keep "
-        "nothing; got '" +
+        "PATCHGEN_FAST_KEPT_MIB: expected a whole number of MiB (0: nothing "
+        "is kept); got '" +
         number + "'");
   }
   return mib * kMiB;
