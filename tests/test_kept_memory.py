@@ -91,14 +91,46 @@ def test_a_block_serves_what_wastes_at_most_a_quarter():
     del small
 
 
-def test_the_oldest_goes_first_and_no_more_is_kept_than_asked():
+def test_what_there_is_no_room_for_is_torchs():
+    """Live results count too; nothing is unmapped for a result that comes once."""
     code = """
-result(1); result(2); result(3)
-assert kept_bytes() == 5 * MIB, kept_bytes()
-two, three = result(2), result(3)
+alive = [result(1), result(2)]
+result(3)  # torch's
 assert kept_bytes() == 0
-result(6)
-assert kept_bytes() == 0
+alive.clear()
+assert kept_bytes() == 3 * MIB
+result(4)
+assert kept_bytes() == 3 * MIB
+result(2)
+assert kept_bytes() == 3 * MIB
+"""
+    done = run(code, PATCHGEN_FAST_KEPT_MIB="5")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_block_that_nobody_wants_for_long_makes_room():
+    code = """
+alive = [result(0.5), result(4)]
+alive.clear()
+for _ in range(5000):
+    result(0.5)
+result(3)
+assert kept_bytes() == 3.5 * MIB, kept_bytes()
+"""
+    done = run(code, PATCHGEN_FAST_KEPT_MIB="5")
+    assert done.returncode == 0, done.stderr
+
+
+def test_more_results_than_room_map_nothing_anew():
+    """As in a training step: run again, they find what the first run mapped."""
+    code = """
+def step():
+    return [result(0.25) for _ in range(40)]
+step()
+before = kept_bytes()
+assert before == 5 * MIB
+step()
+assert kept_bytes() == before
 """
     done = run(code, PATCHGEN_FAST_KEPT_MIB="5")
     assert done.returncode == 0, done.stderr

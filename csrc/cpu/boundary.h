@@ -113,7 +113,11 @@ inline Tensor new_strided(int64_t dims, const int64_t* sizes, const int64_t* str
   const int32_t dtype = dtype_number(type);
   const int32_t cpu = aoti_torch_device_type_cpu();
   const size_t bytes = span_bytes(dims, sizes, strides, size_of(dtype_of(type)));
-  if (bytes < kLeastKept || torch_from_blob == nullptr || kept_limit() == 0) {
+  Block block;
+  if (bytes >= kLeastKept && torch_from_blob != nullptr && kept_limit() > 0) {
+    block = take_block(bytes);
+  }
+  if (block.data == nullptr) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, cpu, 0, &handle));
     Tensor tensor(handle);
     prefer_huge_pages({tensor.mutable_data_ptr(), bytes});
@@ -122,7 +126,6 @@ inline Tensor new_strided(int64_t dims, const int64_t* sizes, const int64_t* str
   const auto give_back = [](void* data, void* size) {
     return_block({data, reinterpret_cast<size_t>(size)});
   };
-  const Block block = take_block(bytes);
   // Where this fails, torch may have freed the block already: rather lost than given back twice.
   TORCH_ERROR_CODE_CHECK(torch_from_blob(block.data, dims, sizes, strides, 0, dtype, cpu, -1,
                                          &handle, aoti_torch_layout_strided(), nullptr, 0,

@@ -2,8 +2,10 @@
 //
 // The C library hands a large block back to the system as soon as it is freed, and gets it again
 // page by page: a page fault every 4 KiB, which can cost more than to compute what is written
-// there. Blocks of dead results are therefore kept, up to kept_limit() bytes, the oldest given up
-// first. As on a GPU, a model that runs again finds the memory of its last run.
+// there. Blocks of dead results are therefore kept: a model that runs again finds the memory of its
+// last run. All blocks together, of live and of dead results, take at most kept_limit() bytes. What
+// is beyond is torch's allocator's: a training step's activations would else be mapped and unmapped
+// each time, which costs more than the C library does.
 #pragma once
 
 #include <cstddef>
@@ -24,13 +26,14 @@ struct Block {
 // the time. They are still touched first by the thread that writes them.
 void prefer_huge_pages(Block block);
 
-// A block of at least `bytes`, uninitialised, aligned to a page; std::bad_alloc.
+// A block of at least `bytes`, uninitialised, aligned to a page; {nullptr, 0} where there is no
+// room.
 Block take_block(size_t bytes);
 
 // Gives back a block that take_block gave, from any thread.
 void return_block(Block block);
 
-// The most bytes of dead results that are kept, 0 if results are to be torch's own: as Python set
+// The most bytes of all blocks, 0 if results are to be torch's own: as Python set
 // it, or PATCHGEN_FAST_KEPT_MIB, or 256 MiB. std::invalid_argument for what is not a number.
 size_t kept_limit();
 
