@@ -1,9 +1,10 @@
 """Memory of dead results on the CPU, which the kernels keep for the results to come.
 
 Where torch and the C library would hand a large block to the system and fault it in again page by
-page, the CPU kernels keep it. Live and dead, such results take at most `PATCHGEN_FAST_KEPT_MIB` (256
-MiB; 0 for nothing); what is beyond, as most of a training step, is torch's. torch's memory profiler does not see such results, and they cannot be resized to
-more than they are. torch before 2.11 cannot be told how they are freed; there nothing is kept.
+page, the CPU kernels keep it. Live and dead, such results take at most `PATCHGEN_FAST_KEPT_MIB`
+(256 MiB; 0 for nothing); what is beyond, as most of a training step, is torch's. torch's memory
+profiler does not see such results, and they cannot be resized to more than they are. torch before
+2.11 cannot be told how they are freed; there nothing is kept.
 """
 
 from __future__ import annotations

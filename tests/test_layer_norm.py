@@ -40,3 +40,18 @@ def test_not_a_number_stays_in_its_row():
     got = layer_norm(x)
     assert got[1].isnan().all()
     assert not got[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (([1.0],), TypeError, "input to be a tensor"),
+        ((torch.tensor(1.0),), ValueError, r"\[\.\.\., E\]"),
+        ((torch.ones(2, 3, dtype=torch.int32),), TypeError, "float"),
+        ((torch.ones(2, 3), torch.ones(4)), ValueError, "weight"),
+        ((torch.ones(2, 3), None, torch.ones(2)), ValueError, "bias"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, text):
+    with pytest.raises(error, match=text):
+        layer_norm(*arguments)

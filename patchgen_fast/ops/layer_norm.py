@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import reference, stock
 from ..registry import Op
-from ._checks import FLOATS, check_float, check_shape, check_tensors, is_like
+from ._checks import FLOATS, check_float, check_shape, check_tensors, describe, is_like
 from ._refusals import NOT_ON_CPU, float64_of
 
 
@@ -121,7 +121,7 @@ def _check(input: Any, weight: Any, bias: Any) -> None:
     check_tensors("layer_norm", {"input": input}, weight=weight, bias=bias)
     check_float("layer_norm", input=input, weight=weight, bias=bias)
     if input.dim() == 0:
-        raise ValueError("layer_norm: expected input [..., E], got a tensor without dimensions")
+        raise ValueError(f"layer_norm: expected input of shape [..., E]; got {describe(input)}")
     for name, x in (("weight", weight), ("bias", bias)):
         check_shape("layer_norm", name, x, (input.shape[-1],))
 
